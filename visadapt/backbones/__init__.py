@@ -1,1 +1,6 @@
-"""visadapt.backbones."""
+"""Pre-trained networks as small recipes: ``build`` makes the module, ``preprocess`` its transforms."""
+
+from visadapt.backbones.base import Backbone
+from visadapt.backbones.timm_vit import TimmViT
+
+__all__ = ["Backbone", "TimmViT"]
