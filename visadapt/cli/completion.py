@@ -58,6 +58,8 @@ def run(args: list[str]) -> int:
     if len(args) == 1 and args[0] in ("bash", "zsh"):
         print(script(args[0]))
         return 0
-    print("usage: visadapt completion bash | zsh\n  add it: eval \"$(visadapt completion bash)\"",
-          file=sys.stderr if args != ["--help"] else sys.stdout)
+    print(
+        'usage: visadapt completion bash | zsh\n  add it: eval "$(visadapt completion bash)"',
+        file=sys.stderr if args != ["--help"] else sys.stdout,
+    )
     return 0 if args == ["--help"] else 2

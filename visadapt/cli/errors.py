@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
@@ -41,7 +42,8 @@ class UserError(Exception):
 
     def show(self, command: str, file: TextIO | None = None) -> None:
         """Print the error as `visadapt COMMAND: error at 'where'`, what, hint."""
-        lines = [f"visadapt {command}: error at '{self.where}'", *(f"  {x}" for x in (self.what, self.hint) if x)]
+        place = f" at '{self.where}'" if self.where else ""
+        lines = [f"visadapt {command}: error{place}", *(f"  {x}" for x in (self.what, self.hint) if x)]
         print("\n".join(lines), file=file or sys.stderr)
 
 
@@ -123,7 +125,9 @@ def explain(message: str, known: dict[str, list[str]]) -> UserError:
     if match := re.search(r"(?:does not accept option|unrecognized arguments:) '?-*([\w.]+)", message):
         key = match[1]
         parent = key.rpartition(".")[0]
-        return UserError(key, "there is no such key", close(key, known["options"]) or _beside(parent, known["options"]))
+        return UserError(
+            key, "there is no such key", close(key, known["options"]) or _beside(parent, known["options"])
+        )
     if match := re.search(r"^the following arguments are required: (.+)", message):
         key = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
         return UserError(key, "this is required and missing", f"give it in the configuration or as --{key} …")
@@ -149,12 +153,19 @@ def _leaf_error(
         return UserError(f"{where}.{option}", f"{name} has no option '{option}'", hint)
     if match := re.search(r"following arguments are required: (.+)", text):
         owner = class_path.rpartition(".")[2]
-        return UserError(f"{where}.{match[1]}", f"{owner} requires it and it is missing",
-                         f"give it in the configuration or as --{where}.{match[1]} …")
-    if match := re.search(r"(?:Expected a path but|File does not exist:) '?([^\s']+\.(?:ya?ml|json))", everything):
+        return UserError(
+            f"{where}.{match[1]}",
+            f"{owner} requires it and it is missing",
+            f"give it in the configuration or as --{where}.{match[1]} …",
+        )
+    if match := re.search(
+        r"(?:Expected a path but|File does not exist:) '?([^\s']+\.(?:ya?ml|json))", everything
+    ):
         return UserError(where, f"there is no file '{match[1]}'", nearby(match[1]))
     if match := re.search(r"No module named '([^']+)'", everything):
-        return UserError(where, f"there is no module '{match[1]}'", close(class_path.split(".")[-1], known["classes"]))
+        return UserError(
+            where, f"there is no module '{match[1]}'", close(class_path.split(".")[-1], known["classes"])
+        )
     if match := re.search(r"Expected a dot import path string: (\S+)", everything):
         return UserError(where, f"there is no class '{match[1]}'", one_of(match[1], known["classes"]))
     if match := re.search(r"(?:File does not exist|Path .*): '?([^\s']+)", everything):
@@ -219,6 +230,20 @@ def _duplicates(node: Any) -> Iterator[Any]:
             seen.add(key.value if isinstance(key.value, str) else repr(key.value))
         if value is not None:
             yield from _duplicates(value)
+
+
+def purposeful(error: BaseException) -> bool:
+    """True where visadapt raised ``error`` itself, to tell the user something; its message is enough then.
+
+    The innermost line of the traceback is a ``raise`` of ours. Anything else may be a defect: show it whole.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = Path(__file__).resolve().parents[1]
+    return bool(
+        frames
+        and Path(frames[-1].filename).is_relative_to(ours)
+        and (frames[-1].line or "").startswith("raise ")
+    )
 
 
 def fail(error: UserError, command: str) -> NoReturn:

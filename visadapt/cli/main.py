@@ -38,7 +38,11 @@ def usage() -> str:
     lines = ["usage: visadapt COMMAND [options]", "       visadapt COMMAND --help", ""]
     for title, group in (("Train and use", TRAINING), ("Adapter files", FILES), ("About", ABOUT)):
         lines += [title, *(f"  {name:<{width}}{text}" for name, text in group.items()), ""]
-    lines += ["Options", f"  {'--version':<{width}}print the version", f"  {'--help':<{width}}print this text"]
+    lines += [
+        "Options",
+        f"  {'--version':<{width}}print the version",
+        f"  {'--help':<{width}}print this text",
+    ]
     return "\n".join(lines)
 
 
@@ -61,7 +65,7 @@ def find_config(file: str) -> Path | None:
 
 
 def option(args: list[str], *names: str) -> str | None:
-    """Value of the last of the options ``names`` on a command line, as ``--name value`` or ``--name=value``."""
+    """Value of the last of the options ``names``, written as ``--name value`` or ``--name=value``."""
     found = None
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
@@ -104,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         close = get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean: {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
-        print(f"visadapt: there is no command {command!r}\n  {hint}\n  more: visadapt --help", file=sys.stderr)
+        print(
+            f"visadapt: there is no command {command!r}\n  {hint}\n  more: visadapt --help", file=sys.stderr
+        )
         return 2
     if command == "completion":
         from visadapt.cli.completion import run

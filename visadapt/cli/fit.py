@@ -1,0 +1,251 @@
+"""``visadapt fit|validate|test|predict``: LightningCLI with our classes known and its mistakes explained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from visadapt.cli import rundir
+from visadapt.cli.errors import Friendly, UserError, check_yaml, nearby, purposeful, subclasses
+from visadapt.cli.main import option
+
+PLUGINS = ("methods", "backbones", "data", "tasks", "callbacks")
+
+
+def import_plugins() -> None:
+    """Import each module of the packages that hold classes, so that a short name finds its class."""
+    for name in PLUGINS:
+        package = import_module(f"visadapt.{name}")
+        for module in iter_modules(package.__path__):
+            import_module(f"visadapt.{name}.{module.name}")
+
+
+class FriendlyParser(Friendly, LightningArgumentParser):
+    """The parser of the training commands."""
+
+    def classes(self) -> Iterator[str]:
+        """Names of all classes that a configuration of ours may name."""
+        from lightning.pytorch.loggers import Logger
+
+        from visadapt.backbones.base import Backbone
+        from visadapt.core.adapter import Adapter
+        from visadapt.data.base import BaseData
+        from visadapt.tasks.base import BaseTask
+
+        scheduler = torch.optim.lr_scheduler.LRScheduler
+        for base in (
+            Adapter,
+            Backbone,
+            BaseTask,
+            BaseData,
+            Callback,
+            Logger,
+            torch.optim.Optimizer,
+            scheduler,
+        ):
+            yield from (cls.__name__ for cls in subclasses(base) if not cls.__name__.startswith("_"))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the resolved configuration without the keys that belong to one run alone.
+
+    With `ckpt_path` or `run_dir` inside, a second run from the file would resume or overwrite the first.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        for key in ("ckpt_path", "run_dir", "adapter", "images"):
+            if key in config:
+                config[key] = None
+        super().__init__(parser, config, **kwargs)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with a run directory, adapter files, pictures to predict, and default callbacks."""
+
+    def __init__(self) -> None:
+        from visadapt.data.base import BaseData
+        from visadapt.tasks.base import BaseTask
+
+        super().__init__(
+            BaseTask,
+            BaseData,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"use_distributed_sampler": False},  # our loaders shard, shuffle and resume
+            seed_everything_default=0,
+            parser_kwargs={"default_env": True, "env_prefix": "VISADAPT", "allow_abbrev": False},
+            parser_class=FriendlyParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of every command, and the number of classes from the data to the model."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            help="Folder for all that the command writes (default: runs/<name of the configuration>/<time>).",
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_argument(
+                "--adapter", type=str | None, help="Adapter file to use instead of a checkpoint."
+            )
+        if subcommand == "predict":
+            parser.add_argument(
+                "--images",
+                type=str | list[str] | None,
+                help="Folder, image or list of them, instead of data.",
+            )
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the files that are named, and leave the configuration alone.
+
+        The method of LightningCLI lets the hyper-parameters in a checkpoint beat the command line.
+        """
+        config = self.config[self.config["subcommand"]]
+        if path := config.get("ckpt_path"):
+            check_checkpoint(path)
+        if (path := config.get("adapter")) and not Path(path).is_file():
+            raise UserError("--adapter", f"there is no file '{path}'", nearby(path))
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run directory; point `predict` at the images of the command line."""
+        config = self.config[self.config["subcommand"]]
+        files = option(sys.argv, "-c", "--config")
+        made_by_run = config.get("adapter") or config.get("ckpt_path")
+        chosen = config.get("run_dir")
+        name = config["model"]["class_path"].rpartition(".")[2].lower()
+        self.run_dir = (
+            Path(chosen) if chosen else rundir.new_run_dir(self.subcommand, files, made_by_run, name)
+        )
+        if config.get("images") is not None:
+            from visadapt.cli.predict import use_images
+
+            use_images(config, made_by_run or files)
+        if config.get("adapter") and "adapters" in config["model"]["init_args"]:
+            config["model"]["init_args"]["adapters"] = []  # the file brings its own
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer, with our loggers in the run directory unless the configuration names others."""
+        from visadapt.cli.predict import LoadAdapter
+        from visadapt.report.predictions import PredictionReport
+        from visadapt.report.run import RunReport
+
+        config = self.config_init[self.subcommand]
+        trainer = config["trainer"]
+        if trainer.get("logger") in (None, True):
+            kwargs["logger"] = rundir.loggers(self.run_dir)
+        if trainer.get("default_root_dir") is None:
+            kwargs["default_root_dir"] = str(self.run_dir)
+        callbacks: list[Callback] = [RunReport(str(self.run_dir)), PredictionReport(str(self.run_dir))]
+        if config.get("adapter"):
+            callbacks.append(LoadAdapter(config["adapter"]))
+        self.trainer_defaults["callbacks"] = callbacks
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (RuntimeError, ValueError) as error:  # Lightning's MisconfigurationException is a RuntimeError
+            gpus = torch.cuda.device_count()
+            what = " ".join(str(error).split())
+            raise UserError("trainer", what, f"this machine has {gpus} CUDA device(s)") from error
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise a `UserError` unless ``path`` is a checkpoint that Lightning can read.
+
+    The names that Lightning resolves itself (``last``, ``best``, …) pass.
+    """
+    if path in ("last", "best", "hpc", "registry"):
+        return
+    if "://" in path:
+        raise UserError("--ckpt_path", f"'{path}' is not a local file", "download the checkpoint first")
+    if not Path(path).exists():
+        raise UserError("--ckpt_path", f"there is no file '{path}'", nearby(path))
+    if Path(path).is_dir():  # a sharded checkpoint
+        return
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError("--ckpt_path", f"'{path}' is no readable checkpoint", reason) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(
+            "--ckpt_path", f"'{path}' holds no training state", "an adapter file goes to --adapter"
+        )
+
+
+def quiet() -> None:
+    """Silence what no reader can act on: Lightning's advertisements and its advice on tiny data."""
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not any(getattr(f, "__name__", "") == "_no_tips" for f in tips.filters):
+        tips.addFilter(_no_tips)
+    for text in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def configs(args: list[str]) -> Iterator[str]:
+    """Configuration files named on a command line."""
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name in ("-c", "--config") and (equals or i + 1 < len(args)):
+            yield value if equals else args[i + 1]
+
+
+def run() -> int:
+    """Run the training command in ``sys.argv``; 0, or 2 after the one message of a mistake."""
+    from jsonargparse import set_parsing_settings
+
+    command = sys.argv[1]
+    debug = os.environ.get("VISADAPT_DEBUG", "") not in ("", "0")
+    try:
+        set_parsing_settings(import_path_denylist=[])  # enforce the default list: configurations are shared
+    except TypeError:  # jsonargparse < 4.50 has no such list
+        pass
+    quiet()
+    sys.path.append(os.getcwd())  # class_path: my_module.MyMethod
+    try:
+        for file in configs(sys.argv):
+            check_yaml(file)
+        import_plugins()
+        CLI()
+    except UserError as error:
+        if debug:
+            raise
+        error.show(command)
+        return 2
+    except Exception as error:
+        if debug or not purposeful(error):
+            raise
+        UserError("", str(error.args[0] if error.args else error), "traceback: VISADAPT_DEBUG=1").show(
+            command
+        )
+        return 2
+    return 0

@@ -1,0 +1,44 @@
+"""Where a run writes: one folder for weights, metrics, events, pictures and the model card."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from visadapt.cli.main import find_config
+
+
+def config_name(config: str | None, fallback: str = "run") -> str:
+    """Name of a run: that of its configuration, and that of the first run where ``config`` is a run's own."""
+    if not config:
+        return fallback
+    path = Path(config).resolve()
+    return path.parent.parent.name if path.name == "config.yaml" else path.stem
+
+
+def new_run_dir(command: str, config: str | None, made_by_run: str | None, fallback: str = "run") -> Path:
+    """Folder of a new run: ``runs/<name>/<time>``, or ``<run>/<command>`` where it uses what a run has made.
+
+    Args:
+        command: fit, validate, test or predict.
+        config: Last configuration file of the command line.
+        made_by_run: Checkpoint or adapter file that the command reads.
+        fallback: Name where there is no configuration file.
+    """
+    if command != "fit" and made_by_run and (found := find_config(made_by_run)):
+        return found.parent / command
+    base = Path("runs") / config_name(config, fallback)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, n = base / stamp, 1
+    while path.exists():  # two runs started within one second
+        path, n = base / f"{stamp}-{n}", n + 1
+    return path
+
+
+def loggers(run_dir: Path) -> list[Any]:
+    """CSV and TensorBoard loggers that write straight into ``run_dir``."""
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    places = {"save_dir": str(run_dir.parent), "name": "", "version": run_dir.name}
+    return [CSVLogger(**places), TensorBoardLogger(**places, default_hp_metric=False)]

@@ -1,0 +1,173 @@
+"""Pictures of a run, drawn without a display and without matplotlib's global state."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GOOD, BAD, INK = "#1a7f37", "#b3261e", "#24292f"
+
+
+def figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that belongs to no window and no global list."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def save(fig: Figure, path: str | Path, dpi: int = 130) -> None:
+    """Write a PNG under a temporary name, then rename it: a reader never sees half a picture."""
+    path = Path(path)
+    buffer = BytesIO()
+    fig.savefig(buffer, dpi=dpi, format="png")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, path)
+
+
+def pixels(fig: Figure, dpi: int = 80) -> np.ndarray:
+    """The figure as an array (height, width, 3) of bytes, for TensorBoard."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    fig.set_dpi(dpi)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def learning_curves(history: Sequence[dict[str, float]], baselines: dict[str, float] | None = None) -> Figure:
+    """Curves of each kind of metric over the epochs, one panel per kind (loss, accuracy, …).
+
+    Args:
+        history: Rows with an ``epoch`` and metrics named ``train/loss``, ``val/accuracy``, …
+        baselines: Level lines per kind, for instance {"accuracy": accuracy before adaptation}.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in dict.fromkeys(key for row in history for key in row if "/" in key):
+        kinds.setdefault(name.split("/", 1)[1], []).append(name)
+    panels = sorted(kinds, key=lambda kind: (kind != "loss", "acc" not in kind, kind))[:6] or ["loss"]
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig = figure(4.6 * columns, 3.4 * rows)
+    for i, kind in enumerate(panels):
+        axes = fig.add_subplot(rows, columns, i + 1)
+        for name in kinds.get(kind, ()):
+            points = [(row["epoch"], row[name]) for row in history if name in row]
+            epochs, values = zip(*points, strict=True)
+            marker = "o" if len(points) <= 30 else None
+            axes.plot(epochs, values, label=name.split("/")[0], marker=marker, markersize=3, linewidth=1.8)
+        if baselines and kind in baselines:
+            axes.axhline(baselines[kind], color="0.45", linestyle="--", linewidth=1.2, label="before")
+        _style(axes, kind)
+    return fig
+
+
+def _style(axes: Any, kind: str) -> None:
+    axes.set_title(kind.replace("_", " "), color=INK, fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
+    """Confusion matrix (rows: truth, columns: prediction), coloured by the share of each row.
+
+    Numbers are written into the cells up to 20 classes, names beside them up to 40.
+
+    Args:
+        counts: Integer matrix (classes, classes).
+        names: Name of each class.
+    """
+    classes = len(names)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(14.0, max(4.2, 1.6 + 0.42 * classes))
+    fig = figure(side + 0.6, side)
+    axes = fig.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    accuracy = float(np.trace(counts) / max(counts.sum(), 1))
+    axes.set_title(f"{accuracy:.1%} of {int(counts.sum())} right", color=INK)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if classes <= 40:
+        rotation = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(classes), names, rotation=rotation)
+        axes.set_yticks(range(classes), names)
+    if classes <= 20:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if share[row, column] > 0.55 else INK
+            axes.text(
+                column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8
+            )
+    fig.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    return fig
+
+
+def prediction_grid(
+    images: Sequence[np.ndarray],
+    truth: Sequence[str],
+    after: Sequence[str],
+    before: Sequence[str] | None = None,
+    columns: int = 8,
+) -> Figure:
+    """Images with the true class and what was predicted, before → after; green is right, red is wrong.
+
+    Args:
+        images: Arrays (height, width, 3) of bytes.
+        truth: Name of the true class of each image.
+        after: Prediction of each image.
+        before: Prediction before adaptation, if known.
+        columns: Images per row.
+    """
+    columns = min(columns, max(1, len(images)))
+    rows = math.ceil(len(images) / columns)
+    fig = figure(1.55 * columns, 1.95 * rows + 0.45)
+    for i, image in enumerate(images):
+        axes = fig.add_subplot(rows, columns, i + 1)
+        _picture(axes, image)
+        right = after[i] == truth[i]
+        was = f"{_short(before[i])} → " if before is not None else ""
+        axes.set_title(f"{was}{_short(after[i])}", color=GOOD if right else BAD, fontsize=10, pad=3)
+        axes.set_xlabel(f"true {_short(truth[i])}", fontsize=8, color=INK, labelpad=2)
+        for spine in axes.spines.values():
+            spine.set(edgecolor=GOOD if right else BAD, linewidth=2)
+    what = "prediction before → after adaptation" if before is not None else "prediction"
+    fig.suptitle(f"{what}  (green: right now, red: wrong)", fontsize=11, color=INK)
+    return fig
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 8
+) -> Figure:
+    """Images under captions of one or two lines."""
+    columns = min(columns, max(1, len(images)))
+    rows = max(1, math.ceil(len(images) / columns))
+    fig = figure(max(1.7 * columns, 4.0), 2.1 * rows + 0.45)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes = fig.add_subplot(rows, columns, i + 1)
+        _picture(axes, image)
+        axes.set_title(caption, fontsize=8.5, color=INK, pad=3)
+    fig.suptitle(title, fontsize=11, color=INK)
+    return fig
+
+
+def _picture(axes: Any, image: np.ndarray) -> None:
+    axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 96 else "antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _short(name: str, limit: int = 12) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"
