@@ -11,8 +11,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def presets(model: nn.Module) -> dict[str, list[str]]:
     """Target presets read off a model: "attention", "mlp", "convs" and "all", without the classifier.
 
-    A timm attention that keeps its query bias apart (BEiT, EVA, Swin V2) reads ``qkv.weight`` instead of calling
-    the layer; there the preset names the parameter.
+    A timm attention that keeps its query bias apart (BEiT, EVA, Swin V2) reads ``qkv.weight`` instead of
+    calling the layer; there the preset names the parameter.
     """
     classifier = as_tuple(getattr(model, "pretrained_cfg", {}).get("classifier"))
     found: dict[str, list[str]] = {"attention": [], "mlp": [], "convs": [], "all": []}
@@ -25,17 +25,18 @@ def presets(model: nn.Module) -> dict[str, list[str]]:
             kind = "attention" if "attn" in path else "mlp" if "mlp" in path else None
             pattern = _pattern(path) + (".weight" if bypassed else "")
         elif isinstance(module, _CONVOLUTIONS):
-            kind, pattern = "convs", _pattern(path)
+            kind, pattern = "mlp" if "mlp" in path else None, _pattern(path)  # ConvNeXt's 1 x 1 form
+            found["convs"].append(pattern)
         else:
             continue
-        for key in {kind, "all"} - {None}:
-            if pattern not in found[key]:
-                found[key].append(pattern)
-    return {key: patterns for key, patterns in found.items() if patterns}
+        for key in ("all", kind) if kind else ("all",):
+            found[key].append(pattern)
+    return {key: list(dict.fromkeys(patterns)) for key, patterns in found.items() if patterns}
 
 
 def _pattern(path: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+    """Replace the block numbers of a path by stars; a last number stays, beside it stand other layer types."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
 
 
 def as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:

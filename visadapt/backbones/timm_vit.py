@@ -147,18 +147,18 @@ class TimmViT(Backbone):
         options: dict[str, Any],
     ) -> nn.Module:
         """Call timm and turn its failures into one message."""
-        if path is None and not self.pretrained:
-            return create(name, pretrained=False, **options)
+        weights = path is not None or self.pretrained
         try:
-            return create(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+            return create(name, pretrained=weights, pretrained_cfg_overlay=overlay, **options)
         except TypeError as error:  # a misspelt option
             raise ValueError(f"backbone '{name}': {error}; check 'options' and 'img_size'") from error
         except (RuntimeError, KeyError, ValueError, OSError) as error:
             reason = _shorten(str(error))
             if path is None and _is_network(error):
                 raise RuntimeError(
-                    f"weights of '{name}' are not in the local cache and could not be downloaded; run once with "
-                    f"network access, or give a local file as 'checkpoint', or use name: tiny_digits ({reason})"
+                    f"weights of '{name}' are not in the local cache and could not be downloaded; run once "
+                    "with network access, or give a local file as 'checkpoint', or use name: tiny_digits "
+                    f"({reason})"
                 ) from error
             raise ValueError(f"'{path or name}' does not fit backbone '{name}': {reason}") from error
 
