@@ -35,7 +35,7 @@ def presets(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _pattern(path: str) -> str:
-    """Replace the block numbers of a path by stars; a last number stays, beside it stand other layer types."""
+    """Replace block numbers by stars; a last number stays, for layers of other types stand beside it."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
 
 

@@ -1,4 +1,4 @@
-"""Real handwritten digits in a named domain: few-shot sets, class splits and the original domain for comparison."""
+"""Real handwritten digits in a named domain: few-shot sets, class splits, the original domain to compare."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,14 +20,14 @@ _FIXED_SEED = 2024  # validation and test drawings are the same for every seed o
 class Digits(BaseData):
     """Digits of scikit-learn drawn as 32 × 32 RGB in a domain: upright, rotated, inverted, scan or texture.
 
-    The first 1,297 digits by order are for training, the last 500 for testing; ``val_size`` digits at the end of
-    the training part are kept for validation. Validation and test drawings never change. Training digits are
-    drawn anew in every epoch, but a few-shot set is drawn once: so many images exist and no more.
+    The first 1,297 digits by order are for training, the last 500 for testing; ``val_size`` digits at the end
+    of the training part are kept for validation. Validation and test drawings never change. Training digits
+    are drawn anew in every epoch, but a few-shot set is drawn once: so many images exist and no more.
 
     Args:
         domain: How the digits are drawn.
-        source_domain: The domain that the base model knows; its test set serves the comparison "accuracy on the
-            original domain with the adapter off". None leaves that out.
+        source_domain: The domain that the base model knows; its test set serves the comparison "accuracy on
+            the original domain with the adapter off". None leaves that out.
         shots: Training images per class, chosen by ``seed`` and drawn once; None takes all.
         classes: Digits to tell apart, in the order of the labels; None takes all ten.
         val_size: Digits kept for validation.
@@ -160,8 +160,6 @@ def _few(labels: Tensor, classes: Sequence[int], shots: int, seed: int) -> list[
     for digit in classes:
         positions = torch.nonzero(labels == digit).flatten().numpy()
         if not 0 < shots <= len(positions):
-            raise ValueError(
-                f"data.shots: {shots}, but digit {digit} has 1 to {len(positions)} training images"
-            )
+            raise ValueError(f"data.shots: {shots}, but of digit {digit} there are {len(positions)}")
         chosen += sorted(generator.choice(positions, shots, replace=False).tolist())
     return chosen

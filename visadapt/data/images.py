@@ -1,0 +1,88 @@
+"""Reading a picture as RGB, whatever its mode, and saying clearly which file is broken."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class UnreadableImage(ValueError):
+    """A file that should be an image is not, or is cut off."""
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """Read an image as 8-bit RGB.
+
+    The orientation in EXIF is applied; 16-bit grey is scaled to 8 bits; transparency is laid over white.
+
+    Raises:
+        UnreadableImage: naming the file and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "RGB":
+                return image
+            if image.mode.startswith("I"):
+                return _from_16_bits(image)
+            if image.mode == "F":
+                raise ValueError("float pixels have no agreed range; save it with 8 or 16 bits")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"cannot read image '{path}': {error}; replace or delete the file") from error
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.max() > 255:
+        pixels = pixels // 257
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "L").convert("RGB")
+
+
+def find_images(sources: str | Path | Sequence[str | Path]) -> list[Path]:
+    """List the images of a folder (with its subfolders) or of a list of files and folders, sorted per folder.
+
+    Raises:
+        FileNotFoundError: A source does not exist, or there is no image at all.
+    """
+    found: list[Path] = []
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    for source in map(Path, sources):
+        if source.is_dir():
+            found += sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif source.is_file():
+            found.append(source)
+        else:
+            raise FileNotFoundError(f"'{source}' is neither an image nor a folder")
+    if not found:
+        where = ", ".join(f"'{source}'" for source in sources) or "an empty list"
+        raise FileNotFoundError(f"no images in {where}; known suffixes: {', '.join(SUFFIXES)}")
+    return found
+
+
+def unreadable(paths: Iterable[str | Path], decode: bool) -> list[str]:
+    """Messages about broken files, in order; ``decode`` also finds files that are cut off."""
+
+    def problem(path: str | Path) -> str | None:
+        try:
+            if decode:
+                read_rgb(path)
+            else:
+                with Image.open(path):
+                    pass
+        except UnreadableImage as error:
+            return str(error)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"cannot read image '{path}': {error}; replace or delete the file"
+        return None
+
+    with ThreadPoolExecutor(8) as pool:
+        return [message for message in pool.map(problem, paths) if message]
