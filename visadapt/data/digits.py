@@ -1,10 +1,12 @@
 """Real handwritten digits in a named domain: few-shot sets, class splits, the original domain to compare."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,7 +24,8 @@ class Digits(BaseData):
 
     The first 1,297 digits by order are for training, the last 500 for testing; ``val_size`` digits at the end
     of the training part are kept for validation. Validation and test drawings never change. Training digits
-    are drawn anew in every epoch, but a few-shot set is drawn once: so many images exist and no more.
+    are drawn anew in every epoch, but a few-shot set is drawn once: so many images exist and no more. Such
+    fixed images are only moved a little while training (12 degrees, 12 % in size, 2 pixels).
 
     Args:
         domain: How the digits are drawn.
@@ -80,6 +83,7 @@ class Digits(BaseData):
             seed=self.seed if training else _FIXED_SEED,
             training=training,
             redraw=training and self.shots is None,
+            move=training and self.shots is not None,
             transform=self.preprocess(train=False),  # flips and crops would make other digits
         )
 
@@ -116,6 +120,7 @@ class DigitSet(Dataset):
         seed: Seed of the drawings.
         training: Draw on the training photographs.
         redraw: Draw anew in every epoch.
+        move: Move each image a little each time it is read, by torch's random state (the loader seeds it).
         transform: From a PIL image to the network's input; None gives RGB in [0, 1].
     """
 
@@ -127,10 +132,11 @@ class DigitSet(Dataset):
         seed: int,
         training: bool = False,
         redraw: bool = False,
+        move: bool = False,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
         self.indices, self.domain, self.seed = list(indices), domain, seed
-        self.training, self.redraw, self.transform = training, redraw, transform
+        self.training, self.redraw, self.move, self.transform = training, redraw, move, transform
         self.labels = [classes.index(int(handwriting()[1][index])) for index in self.indices]
         self._epoch = 0
         self.images = self._draw(0)
@@ -144,13 +150,24 @@ class DigitSet(Dataset):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        image = self.images[position]
+        image = _moved(self.images[position]) if self.move else self.images[position]
         if self.transform is None:
             return image.float() / 255, self.labels[position]
         return self.transform(Image.fromarray(image.permute(1, 2, 0).numpy())), self.labels[position]
 
     def _draw(self, epoch: int) -> Tensor:
         return draw(self.domain, self.indices, self.seed, epoch, self.training)
+
+
+def _moved(image: Tensor) -> Tensor:
+    """Turn, scale and shift an image (3, H, W) of bytes a little; the border is continued outwards."""
+    turn, size, right, down = (torch.rand(4) * 2 - 1).tolist()
+    angle, scale, shift = math.radians(12 * turn), 1 + 0.12 * size, 4 / image.shape[-1]
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    pose = torch.tensor([[[cos, -sin, right * shift], [sin, cos, down * shift]]])
+    grid = F.affine_grid(pose, [1, *image.shape], align_corners=False)
+    moved = F.grid_sample(image[None].float(), grid, padding_mode="border", align_corners=False)
+    return moved[0].round().to(torch.uint8)
 
 
 def _few(labels: Tensor, classes: Sequence[int], shots: int, seed: int) -> list[int]:

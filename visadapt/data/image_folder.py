@@ -19,8 +19,8 @@ _FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"
 class ImageFolder(BaseData):
     """Classification from folders: ``root/train/cat/1.jpg`` … or ``root/cat/1.jpg`` … with a split.
 
-    If ``root`` holds a ``train`` folder, the splits are its folders (``train``, ``val``, ``test``; the last is
-    optional). Otherwise every folder in ``root`` is a class, and ``split`` divides each class in the same
+    If ``root`` holds a ``train`` folder, the splits are its folders (``train``, ``val``, ``test``; the last
+    is optional). Otherwise every folder in ``root`` is a class, and ``split`` divides each class in the same
     ratio, by ``seed``.
 
     Args:
@@ -71,8 +71,8 @@ class ImageFolder(BaseData):
             return PictureSet(self._to_predict(), self.preprocess(train=False))
         samples = self.samples().get(stage)
         if not samples:
-            raise FileNotFoundError(
-                f"data: '{self.root}' has no {stage} images; make a '{stage}' folder with the same class folders, "
+            raise NotImplementedError(
+                f"data: '{self.root}' has no {stage} images; make a '{stage}' folder with the same classes, "
                 f"or put the class folders directly into the root and give 'split'"
             )
         return PictureSet(samples, self.preprocess(train=stage == "train"))
@@ -87,9 +87,8 @@ class ImageFolder(BaseData):
             if self._folders:
                 found = {name: _list(folder, self.class_names) for name, folder in self._folders.items()}
             else:
-                found = _stratified(
-                    _list(self.root, self.class_names), self.class_names, self.split, self.seed
-                )
+                samples = _list(self.root, self.class_names)
+                found = _stratified(samples, self.class_names, self.split, self.seed)
             if self.verify:
                 _raise_if_broken([path for samples in found.values() for path, _ in samples])
             if self.shots is not None:
@@ -97,17 +96,18 @@ class ImageFolder(BaseData):
             self._samples = found
         return self._samples
 
-    def _to_predict(self) -> list[tuple[str, int]]:
+    def _to_predict(self) -> list[Sample]:
         """The readable files of ``images``, else the test split; broken ones are reported and left out."""
         if self.images is None:
             return self.samples().get("test") or self.samples()["val"]
         paths = find_images(self.images)
-        for message in (bad := unreadable(paths, decode=True)):
+        bad = unreadable(paths, decode=True)
+        for message in bad.values():
             rank_zero_warn(f"left out: {message}")
         if len(bad) == len(paths):
-            raise ValueError(f"data.images: none of {len(paths)} files could be read; the first: {bad[0]}")
-        broken = "\n".join(bad)
-        return [(str(path), -1) for path in paths if f"'{path}'" not in broken]
+            first = next(iter(bad.values()))
+            raise ValueError(f"data.images: none of {len(paths)} files could be read; the first: {first}")
+        return [(str(path), -1) for path in paths if path not in bad]
 
 
 class PictureSet(Dataset):
@@ -141,10 +141,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits; empty if the classes lie directly in the root."""
     present = {entry.name.lower(): entry for entry in root.iterdir() if entry.is_dir()}
     named = {
-        split: present[name]
+        split: next(present[name] for name in names if name in present)
         for split, names in _FOLDERS.items()
-        for name in reversed(names)
-        if name in present
+        if present.keys() & set(names)
     }
     return named if "train" in named else {}
 
@@ -218,7 +217,7 @@ def _few(samples: Sequence[Sample], class_names: Sequence[str], shots: int, seed
 
 
 def _raise_if_broken(paths: Sequence[str]) -> None:
-    broken = unreadable(paths, decode=False)
+    broken = list(unreadable(paths, decode=False).values())
     if broken:
         more = f"\n  … and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise UnreadableImage("\n  ".join(broken[:5]) + more)

@@ -1,12 +1,14 @@
 """Reading a picture as RGB, whatever its mode, and saying clearly which file is broken."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
+P = TypeVar("P", str, Path)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -68,10 +70,10 @@ def find_images(sources: str | Path | Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def unreadable(paths: Iterable[str | Path], decode: bool) -> list[str]:
-    """Messages about broken files, in order; ``decode`` also finds files that are cut off."""
+def unreadable(paths: Sequence[P], decode: bool) -> dict[P, str]:
+    """What is wrong with each broken file, in order; ``decode`` also finds files that are cut off."""
 
-    def problem(path: str | Path) -> str | None:
+    def problem(path: P) -> str | None:
         try:
             if decode:
                 read_rgb(path)
@@ -85,4 +87,4 @@ def unreadable(paths: Iterable[str | Path], decode: bool) -> list[str]:
         return None
 
     with ThreadPoolExecutor(8) as pool:
-        return [message for message in pool.map(problem, paths) if message]
+        return {path: message for path, message in zip(paths, pool.map(problem, paths)) if message}
