@@ -1,0 +1,106 @@
+"""``visadapt predict --images FOLDER``: pictures from anywhere, classes from the run of the adapter."""
+
+from __future__ import annotations
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import Dataset
+
+from visadapt.cli.errors import UserError
+from visadapt.data.base import BaseData, Stage
+from visadapt.data.image_folder import PictureSet
+from visadapt.data.images import find_images, unreadable
+from visadapt.report.facts import read_facts
+from visadapt.report.results import network
+
+
+class Pictures(BaseData):
+    """Images without labels, for ``predict`` alone.
+
+    Args:
+        images: Folders and files.
+        class_names: Names of the classes, in the order of the model's outputs.
+        batch_size: Images per batch on each device.
+        num_workers: Processes that load data ahead.
+    """
+
+    def __init__(
+        self, images: list[str], class_names: list[str], batch_size: int = 32, num_workers: int = 0
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        self.class_names = class_names
+        self.images = images
+        self.unreadable: list[str] = []
+
+    def dataset(self, stage: Stage) -> Dataset:
+        """The readable images; messages about the others go to ``unreadable``."""
+        if stage != "predict":
+            raise NotImplementedError("these images have no labels: only predict can use them")
+        paths = find_images(self.images)
+        self.unreadable = unreadable(paths, decode=True)
+        bad = "\n".join(self.unreadable)
+        good = [(str(path), -1) for path in paths if f"'{path}'" not in bad]
+        if not good:
+            raise ValueError(f"none of {len(paths)} files could be read; the first: {self.unreadable[0]}")
+        return PictureSet(good, self.preprocess(train=False))
+
+
+class LoadAdapter(Callback):
+    """Put the adapters of a file on the model before it is used.
+
+    Args:
+        path: Adapter file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def _load(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        import visadapt as va
+
+        va.load(network(pl_module), self.path)
+        pl_module.to(pl_module.device)
+        pl_module.eval()
+
+    on_validation_start = on_test_start = on_predict_start = _load
+
+
+def use_images(config: Namespace, run_file: str | None) -> None:
+    """Replace the data of a configuration by the images that ``--images`` names.
+
+    Args:
+        config: Parsed configuration of ``predict``; changed in place.
+        run_file: A file of the run that trained the model: its ``run.json`` knows the classes.
+
+    Raises:
+        UserError: there are no images.
+    """
+    images = config["images"]
+    images = [images] if isinstance(images, str) else list(images)
+    try:
+        find_images(images)
+    except FileNotFoundError as error:
+        raise UserError("--images", str(error)) from None
+    names = read_facts(run_file).get("class_names") if run_file else None
+    settings = config["data"]["init_args"] if config.get("data") else Namespace()
+    if names is None:
+        names = _names_from_data(config)
+    config["data"] = Namespace(
+        class_path="visadapt.cli.predict.Pictures",
+        init_args=Namespace(
+            images=images,
+            class_names=names,
+            batch_size=settings.get("batch_size", 32),
+            num_workers=settings.get("num_workers", 0),
+        ),
+    )
+
+
+def _names_from_data(config: Namespace) -> list[str]:
+    """Class names from the data of the configuration, where no run has written them down."""
+    from importlib import import_module
+
+    module, _, name = config["data"]["class_path"].rpartition(".")
+    data = getattr(import_module(module), name)(**config["data"]["init_args"].as_dict())
+    return list(data.class_names)

@@ -1,0 +1,127 @@
+"""The model card of a run: README.md in its folder, with a header that model hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from visadapt.report.facts import RunFacts, patterns
+
+PICTURES = {
+    "predictions.png": "Predictions before and after adaptation",
+    "learning_curves.png": "Learning curves",
+    "confusion_matrix.png": "Confusion matrix",
+}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    head = list(header)
+    body = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
+
+
+def figure_text(name: str, value: float) -> str:
+    """A share as a percentage, anything else with four digits."""
+    return f"{value:.1%}" if "acc" in name.lower() else f"{value:.4g}"
+
+
+def card(facts: RunFacts, pictures: Iterable[str], peft: bool) -> str:
+    """Text of the model card.
+
+    Args:
+        facts: What the run was and reached.
+        pictures: File names of the pictures that exist.
+        peft: Whether stock PEFT can load an export of the adapters.
+    """
+    methods = ", ".join(dict.fromkeys(s.method for s in facts.sets)) or "no adapter"
+    lines = [
+        "---",
+        "library_name: visadapt",
+        f"base_model: {facts.base}",
+        "pipeline_tag: image-classification",
+        f"tags: [visadapt, {', '.join(dict.fromkeys(s.method.lower() for s in facts.sets))}]".replace(
+            ", ]", "]"
+        ),
+        "---",
+        f"# {facts.name}",
+        "",
+        f"{methods} on `{facts.base}`, trained by visadapt ({facts.task}, {facts.date}).",
+        "",
+        *_figures(facts),
+        "",
+        *_adapters(facts),
+        "## Use it",
+        "",
+        *_usage(facts, peft),
+        "",
+        "## Train it again",
+        "",
+        "`config.yaml` holds every setting of the run: `visadapt fit --config config.yaml`.",
+        "",
+    ]
+    for file in pictures:
+        lines += [f"## {PICTURES[file]}", "", f"![{PICTURES[file]}]({file})", ""]
+    return "\n".join(lines)
+
+
+def _figures(facts: RunFacts) -> list[str]:
+    rows: list[tuple[str, str]] = [(name, figure_text(name, v)) for name, v in facts.figures.items()]
+    rows.append(("trainable parameters", f"{facts.trainable:,} of {facts.total:,}"))
+    if facts.adapter_bytes:
+        rows.append(("adapter file", f"{facts.adapter_bytes / 1024:,.0f} KiB"))
+    rows.append(("training", f"{facts.epochs} epochs, {facts.steps} steps, {facts.minutes:.1f} min"))
+    if facts.step_ms is not None:
+        rows.append(("step time (median)", f"{facts.step_ms:.1f} ms on {facts.device}"))
+    if facts.peak_memory_mib is not None:
+        rows.append(("peak memory", f"{facts.peak_memory_mib:,.0f} MiB ({facts.memory_kind})"))
+    if facts.base_hash:
+        rows.append(("hash of the base", f"`{facts.base_hash[:16]}`"))
+    rows.append(("versions", ", ".join(f"{k} {v}" for k, v in facts.versions.items())))
+    return table(("", ""), rows)
+
+
+def _adapters(facts: RunFacts) -> list[str]:
+    if not facts.sets:
+        return []
+    rows = [
+        (
+            s.name,
+            s.method,
+            f"`{patterns(s.layers)}` ({len(s.layers)})",
+            ", ".join(f"{k}={v}" for k, v in s.hparams.items()),
+            f"{s.parameters:,}",
+        )
+        for s in facts.sets
+    ]
+    header = ("set", "method", "layers", "hyper-parameters", "parameters")
+    return ["## Adapters", "", *table(header, rows), ""]
+
+
+def _usage(facts: RunFacts, peft: bool) -> list[str]:
+    if not facts.sets:
+        return ["```bash", "visadapt predict --ckpt_path checkpoints/last.ckpt --images FOLDER", "```"]
+    lines = [
+        "```bash",
+        "visadapt predict --adapter adapter.safetensors --images FOLDER",
+        "visadapt merge adapter.safetensors --output merged.safetensors   # for stock timm",
+        "```",
+        "",
+        "```python",
+        "import visadapt as va",
+        "",
+        f"model = ...  # the base network, {facts.base}",
+        'va.load(model, "adapter.safetensors")',
+        "```",
+    ]
+    if peft:
+        lines += [
+            "",
+            "In PEFT, after `visadapt export adapter.safetensors --output peft_folder`:",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "",
+            'model = PeftModel.from_pretrained(model, "peft_folder")',
+            "```",
+        ]
+    return lines

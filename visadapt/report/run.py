@@ -1,0 +1,223 @@
+"""The callback that leaves a finished run behind: adapter file, pictures, model card and the table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from visadapt.report import evaluate, plots, results
+from visadapt.report.card import PICTURES, card
+from visadapt.report.facts import RunFacts, adapter_sets, versions, write_text
+from visadapt.report.table import print_summary
+
+ADAPTER = "adapter.safetensors"
+
+
+class RunReport(Callback):
+    """Watches ``fit`` and writes the results of the run when it ends; rank 0 only.
+
+    It draws no random numbers and changes no state of the model, so a run with it is the same run. What was
+    seen before training and the curves travel in the checkpoint: a resumed run reports the whole of it.
+
+    Args:
+        run_dir: Folder for the files.
+        images: Samples in the picture of predictions.
+        samples: Most samples of the held-out set to predict, spread evenly over it.
+        tensorboard_images: How often in a run the picture goes to TensorBoard.
+    """
+
+    def __init__(
+        self, run_dir: str, images: int = 24, samples: int = 2000, tensorboard_images: int = 4
+    ) -> None:
+        self.run_dir, self.images, self.samples = Path(run_dir), images, samples
+        self.tensorboard_images = tensorboard_images
+        self.history: list[dict[str, float]] = []
+        self.before: dict[str, list[int]] = {}
+        self.seconds = 0.0
+        self._steps: deque[float] = deque(maxlen=1000)
+        self._started = self._step_started = 0.0
+        self._resumed_from: str | None = None
+        self._loss: Any = 0.0  # a tensor on the device: adding to it does not wait for the GPU
+        self._batches = 0
+        self._samples: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Curves, first predictions and time so far, as plain data."""
+        return {"history": self.history, "before": self.before, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the curves and first predictions of the run that is resumed."""
+        self.history = [dict(row) for row in state["history"]]
+        self.before = {k: list(v) for k, v in state["before"].items()}
+        self.seconds = state["seconds"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember what the model predicts before the first step."""
+        self._started = time.perf_counter()
+        self._resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path else None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if self._reports(trainer) and not self.before:
+            _, found = self._predict(trainer, pl_module)
+            source = results.source_accuracy(trainer, pl_module)
+            self.before = {"found": found.tolist(), "source": list(source or ())}
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Start the clock of a step."""
+        self._step_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Stop the clock of a step (data loading is not in it); add its loss to the epoch's mean."""
+        self._steps.append(time.perf_counter() - self._step_started)
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if isinstance(loss, torch.Tensor):
+            self._loss, self._batches = self._loss + loss.detach(), self._batches + 1
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add a point to the curves; now and then a picture for TensorBoard."""
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
+        if self._batches:
+            values["train/loss"] = float(self._loss) / self._batches
+        self._loss, self._batches = 0.0, 0
+        epoch = float(trainer.current_epoch)
+        self.history = [row for row in self.history if row["epoch"] != epoch]
+        self.history.append({"epoch": epoch, **values})
+        every = max(1, (trainer.max_epochs or 1) // self.tensorboard_images)
+        if self._reports(trainer) and (trainer.current_epoch + 1) % every == 0:
+            _, found = self._predict(trainer, pl_module)
+            if len(found):
+                figure = self._picture(trainer, pl_module, found)
+                results.to_tensorboard(trainer, "predictions", plots.pixels(figure))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write everything; a run that stopped on an error leaves only its checkpoints and metrics."""
+        self.seconds, self._started = self._elapsed(), 0.0
+        if trainer.fast_dev_run or not self._reports(trainer):
+            return
+        import visadapt as va
+
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        model = results.network(pl_module)
+        labels, found = self._predict(trainer, pl_module)
+        facts = self._facts(trainer, pl_module, labels, found)
+        if facts.sets:
+            va.save(model, str(self.run_dir / ADAPTER), base_name=facts.base)
+            facts.adapter_bytes = (self.run_dir / ADAPTER).stat().st_size
+        self._draw(trainer, pl_module, facts, labels, found)
+        facts.save(self.run_dir)
+        pictures = [name for name in PICTURES if (self.run_dir / name).is_file()]
+        write_text(self.run_dir / "README.md", card(facts, pictures, peft=results.in_peft(model)))
+        print_summary(facts, self.run_dir)
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.perf_counter() - self._started if self._started else 0.0)
+
+    def _reports(self, trainer: L.Trainer) -> bool:
+        """Rank 0, with the whole model: a sharded one cannot run on one rank alone."""
+        sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+        if sharded and trainer.is_global_zero:
+            rank_zero_warn("sharded model: no pictures and no adapter file; make them from the checkpoint")
+        return trainer.is_global_zero and not sharded and not trainer.sanity_checking
+
+    def _predict(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and predictions on the held-out samples; empty where there are none."""
+        if self._samples is None:
+            self._samples = results.samples(trainer, self.samples)
+        if self._samples is None:
+            return np.zeros(0, dtype=int), np.zeros(0, dtype=int)
+        return results.predict(trainer, pl_module, self._samples)
+
+    def _facts(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, labels: np.ndarray, found: np.ndarray
+    ) -> RunFacts:
+        import visadapt as va
+
+        model = results.network(pl_module)
+        memory, kind = results.peak_memory()
+        facts = RunFacts(
+            name=self.run_dir.parent.name or self.run_dir.name,
+            task=type(pl_module).__name__,
+            base=results.base_name(pl_module),
+            base_hash=results.base_hash(pl_module),
+            sets=adapter_sets(model),
+            class_names=list(getattr(trainer.datamodule, "class_names", ())),
+            epochs=trainer.current_epoch,
+            steps=trainer.global_step,
+            minutes=self.seconds / 60,
+            step_ms=1000 * statistics.median(self._steps) if self._steps else None,
+            peak_memory_mib=memory,
+            memory_kind=kind,
+            device=str(pl_module.device),
+            resumed_from=self._resumed_from,
+            versions=versions(),
+        )
+        counted = va.summary(model)
+        facts.trainable, facts.total = counted.trainable, counted.total
+        facts.figures = self._figures(trainer, pl_module, labels, found)
+        return facts
+
+    def _figures(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, labels: np.ndarray, found: np.ndarray
+    ) -> dict[str, float]:
+        """Accuracies before and after; what the task reports itself comes first."""
+        figures = dict(getattr(pl_module, "figures", None) or {})
+        if len(labels):
+            where = f"{results.domain(trainer)} ({len(labels)} images)"
+            if len(self.before.get("found", ())) == len(labels):
+                figures[f"accuracy before, {where}"] = float(np.mean(labels == self.before["found"]))
+            figures[f"accuracy after, {where}"] = float(np.mean(labels == found))
+        source = results.source_accuracy(trainer, pl_module)
+        if source is not None:
+            name = results.domain(trainer, source=True)
+            if self.before.get("source"):
+                right, total = self.before["source"]
+                figures[f"accuracy before, {name}"] = right / total
+            figures[f"accuracy with the adapter off, {name}"] = source[0] / source[1]
+        return figures
+
+    def _draw(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        facts: RunFacts,
+        labels: np.ndarray,
+        found: np.ndarray,
+    ) -> None:
+        """Curves, confusion matrix and predictions; the last also into TensorBoard."""
+        if any(len(row) > 1 for row in self.history):
+            before = next((v for k, v in facts.figures.items() if k.startswith("accuracy before")), None)
+            lines = {} if before is None else {"accuracy": before}
+            plots.save(plots.learning_curves(self.history, lines), self.run_dir / "learning_curves.png")
+        if not len(labels) or not facts.class_names:
+            return
+        matrix = evaluate.counts(labels, found, len(facts.class_names))
+        plots.save(plots.confusion_matrix(matrix, facts.class_names), self.run_dir / "confusion_matrix.png")
+        figure = self._picture(trainer, pl_module, found)
+        plots.save(figure, self.run_dir / "predictions.png")
+        results.to_tensorboard(trainer, "predictions", plots.pixels(figure))
+
+    def _picture(self, trainer: L.Trainer, pl_module: L.LightningModule, found: np.ndarray) -> Any:
+        """The grid of some held-out images with truth and predictions before and after."""
+        names = list(trainer.datamodule.class_names)
+        transform = trainer.datamodule.preprocess(train=False)
+        norm = evaluate.normalisation(transform)
+        chosen = evaluate.spread(len(found), self.images)
+        pairs = [self._samples[i] for i in chosen]
+        before = self.before.get("found", ())
+        return plots.prediction_grid(
+            [evaluate.displayable(image, norm) for image, _ in pairs],
+            [names[int(label)] for _, label in pairs],
+            [names[found[i]] for i in chosen],
+            [names[before[i]] for i in chosen] if len(before) == len(found) else None,
+        )
