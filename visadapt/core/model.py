@@ -253,16 +253,20 @@ def rebuild(model: Model, name: str | None = None) -> Model:
 
 def summary(model: nn.Module) -> Summary:
     """A table of layers, sets, methods and parameters; `.trainable` and `.total` are counts."""
-    rows = []
-    for path, adapter in adapters(model).items():
-        layer, _, key = path.rpartition("adapters.")
-        part = key[len(adapter.name) + 1 :]
-        rows.append(_row(layer.rstrip(".") + (f":{part}" if part else ""), adapter))
     return Summary(
-        rows,
+        [_row(label(path, adapter), adapter) for path, adapter in adapters(model).items()],
         sum(p.numel() for n, p in model.named_parameters() if not is_adapter_key(n)),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+
+
+def label(path: str, adapter: Adapter) -> str:
+    """The target pattern that finds the site of an adapter again (`attn.qkv:q`)."""
+    layer, _, key = path.rpartition("adapters.")
+    part, layer = key[len(adapter.name) + 1 :], layer.rstrip(".")
+    if adapter.view:
+        part, layer = part[len(adapter.param) + 1 :], f"{layer}.{adapter.param}".lstrip(".")
+    return f"{layer}:{part.replace('of', '/')}" if part else layer
 
 
 def _row(label: str, adapter: Adapter) -> Row:

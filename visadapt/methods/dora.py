@@ -70,20 +70,12 @@ class DoRA(WeightMap):
         """A, s·B and m / ‖V‖ with the norm from r-sized products, in fp32 under autocast too."""
         if self.axis == "in":
             return None
-        with torch.autocast(self.up.device.type, enabled=False), torch.set_grad_enabled(
-            torch.is_grad_enabled() and not self.detach_norm
-        ):
+        keep = torch.is_grad_enabled() and not self.detach_norm
+        with torch.autocast(self.up.device.type, enabled=False), torch.set_grad_enabled(keep):
             w, a, b = layer.weight.flatten(1).to(self.up.dtype), self.down.flatten(1), self.up * self.scale
-            square = self._base_square(w) + ((2 * (w @ a.t()) + b @ (a @ a.t())) * b).sum(1)
+            square = torch.linalg.vector_norm(w, dim=1).square() + ((2 * (w @ a.t()) + b @ (a @ a.t())) * b).sum(1)
             norm = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
         return self.down, self.up * self.scale, self.magnitude / norm
-
-    def _base_square(self, w: Tensor) -> Tensor:
-        # ‖W‖² of a frozen weight never changes; the version counter sees a reload.
-        key = (w._version, w.data_ptr())
-        if getattr(self, "_square", (None,))[0] != key:
-            self._square = (key, w.square().sum(1))
-        return self._square[1]
 
 
 def _norm(weight: Tensor, axis: str) -> Tensor:

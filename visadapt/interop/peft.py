@@ -1,0 +1,159 @@
+"""PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, for stock PEFT (checked with 0.21)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from visadapt.core.export import lora_factors
+from visadapt.core.model import adapt, adapters, grafted, is_adapter_key
+from visadapt.core.state import base_identity
+from visadapt.methods import DoRA, LoRA
+
+Model = TypeVar("Model", bound=nn.Module)
+PREFIX = "base_model.model."
+
+
+def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> float:
+    """Write all adapters as one PEFT folder.
+
+    LowRank methods are exact (alpha = rank, every scale folded into B); DoRA by rows is written as
+    PEFT's own DoRA; trained parameters outside adapters go to `modules_to_save`. Files appear
+    together, once they are complete.
+
+    Returns:
+        The largest relative error of a layer (only `rank` makes it non-zero).
+
+    Raises:
+        ValueError: a change that a LoRA folder cannot hold.
+    """
+    tensors, ranks, error = _doras(model) if _only_dora(model) else _loras(model, rank)
+    use_dora = _only_dora(model)
+    saved = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)})
+    for module in saved:
+        for name, tensor in model.get_submodule(module).state_dict().items():
+            tensors[f"{PREFIX}{module}.{name}"] = tensor.detach()
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_identity(model)["name"],
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "target_modules": sorted(ranks),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,  # alpha = rank: a scale of 1
+        "use_dora": use_dora,
+        "bias": "none",
+        "modules_to_save": saved or None,
+    }
+    _write(Path(path), config, {k: v.float().cpu().contiguous().clone() for k, v in tensors.items()})
+    return error
+
+
+def _loras(model: nn.Module, rank: int | None) -> tuple[dict[str, torch.Tensor], dict[str, int], float]:
+    tensors, ranks, error = {}, {}, 0.0
+    for name, factors in lora_factors(model, rank).items():
+        up = factors.up
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.down.detach()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = up.view(*up.shape, *[1] * (factors.down.dim() - 2)).detach()
+        ranks[name], error = len(factors.down), max(error, factors.error)
+    return tensors, ranks, error
+
+
+def _only_dora(model: nn.Module) -> bool:
+    found = list(adapters(model).values())
+    return bool(found) and all(
+        type(a) is DoRA and a.axis == "out" and a.rows is None and not a.view and a.strength == 1 for a in found
+    ) and all(len(layer.adapters) == 1 and getattr(layer, "groups", 1) == 1 for _, layer in grafted(model))  # fmt: skip
+
+
+def _doras(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, int], float]:
+    tensors, ranks = {}, {}
+    for path, adapter in adapters(model).items():
+        assert isinstance(adapter, DoRA)
+        name, ones = path.rpartition(".adapters.")[0], [1] * (adapter.down.dim() - 2)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.down.detach()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (adapter.up * adapter.scale).detach().view(*adapter.up.shape, *ones)
+        m = adapter.magnitude.detach()
+        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = m.view(1, -1, *ones) if ones else m
+        ranks[name] = adapter.rank
+    return tensors, ranks, 0.0
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    known = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - known):
+        raise ValueError(f"'{folder}' exists and is not a PEFT folder; choose another output or remove it")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
+    """Graft the LoRA or DoRA of a PEFT folder onto a base.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of its two files.
+        ValueError: another PEFT method, options that are not supported, or layers that do not fit.
+    """
+    folder = Path(path)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"'{folder}' is no PEFT folder: it has no {file}")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"'{folder}' holds PEFT's {config.get('peft_type')}; LORA (with or without use_dora) can be read")
+    try:
+        held = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"'{folder / 'adapter_model.safetensors'}' is damaged: {error}") from error
+    held = {k.removeprefix(PREFIX): v for k, v in held.items()}
+    layers = [k.removesuffix(".lora_A.weight") for k in held if k.endswith(".lora_A.weight")]
+    bias = [k for k in held if k.endswith("lora_B.bias")]
+    if bias or not layers:
+        raise ValueError(f"'{folder}': " + (f"'{bias[0]}' (lora_bias) has no counterpart" if bias else "no LoRA in it"))
+    alphas = {n: _pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n in layers}
+    method = DoRA if config.get("use_dora") else LoRA
+    targets = {}
+    for n in layers:
+        r = len(held[f"{n}.lora_A.weight"])
+        # rsLoRA divides alpha by √r; as plain LoRA that is alpha · √r.
+        targets[n] = {"rank": r, "alpha": float(alphas[n]) * (r**0.5 if config.get("use_rslora") else 1)}
+    adapt(model, method(), targets, name)
+    for found, adapter in adapters(model, name).items():
+        n = found.rpartition(".adapters.")[0]
+        with torch.no_grad():
+            adapter.down.copy_(held[f"{n}.lora_A.weight"])  # type: ignore[operator, union-attr]
+            adapter.up.copy_(held[f"{n}.lora_B.weight"].flatten(1))  # type: ignore[operator, union-attr]
+            if isinstance(adapter, DoRA):
+                adapter.magnitude.copy_(held[f"{n}.lora_magnitude_vector"].flatten())
+    for module in config.get("modules_to_save") or []:
+        for key in [k for k in held if k.startswith(f"{module}.")]:
+            with torch.no_grad():
+                model.state_dict()[key].copy_(held[key])
+            if key in dict(model.named_parameters()):
+                model.get_parameter(key).requires_grad_(True)
+    return model
+
+
+def _pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
+    for pattern, value in (patterns or {}).items():
+        if name == pattern.removeprefix("^") or name.endswith(f".{pattern}"):
+            return value
+    return default
