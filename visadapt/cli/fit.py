@@ -142,8 +142,6 @@ class CLI(LightningCLI):
             from visadapt.cli.predict import use_images
 
             use_images(config, made_by_run or files)
-        if config.get("adapter") and "adapters" in config["model"]["init_args"]:
-            config["model"]["init_args"]["adapters"] = []  # the file brings its own
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with our loggers in the run directory unless the configuration names others."""

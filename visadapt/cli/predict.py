@@ -59,7 +59,10 @@ class LoadAdapter(Callback):
     def _load(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         import visadapt as va
 
-        va.load(network(pl_module), self.path)
+        model = network(pl_module)
+        if va.adapters(model):  # those of the configuration: untrained, the file brings its own
+            va.remove(model)
+        va.load(model, self.path)
         pl_module.to(pl_module.device)
         pl_module.eval()
 

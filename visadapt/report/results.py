@@ -101,7 +101,7 @@ def in_peft(model: nn.Module) -> bool:
 
 def base_hash(task: Any) -> str:
     """Hash of the base weights, as the task took it before it adapted them; empty if it took none."""
-    return str((getattr(task, "base", None) or {}).get("hash", ""))
+    return str((getattr(task, "base", None) or {}).get("sha256", ""))
 
 
 def gathered(trainer: Any, rows: dict[int, Any]) -> dict[int, Any]:

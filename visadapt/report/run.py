@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections import deque
@@ -111,8 +112,9 @@ class RunReport(Callback):
         model = results.network(pl_module)
         labels, found = self._predict(trainer, pl_module)
         facts = self._facts(trainer, pl_module, labels, found)
-        if facts.sets:
-            va.save(model, str(self.run_dir / ADAPTER), base_name=facts.base)
+        if facts.trainable:
+            names = {"class_names": json.dumps(facts.class_names)}
+            va.save(model, self.run_dir / ADAPTER, base_name=facts.base, extra=names)
             facts.adapter_bytes = (self.run_dir / ADAPTER).stat().st_size
         self._draw(trainer, pl_module, facts, labels, found)
         facts.save(self.run_dir)

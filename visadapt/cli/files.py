@@ -1,0 +1,147 @@
+"""Merging and converting adapter files: the base is found, built, and what is written is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visadapt.cli.errors import UserError, check_yaml
+from visadapt.cli.main import find_config
+from visadapt.report.facts import read_facts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from visadapt.backbones.base import Backbone
+
+
+def merge_file(
+    adapter: Path, output: Path, config: str | None, backbone: str | None, checkpoint: str | None
+) -> None:
+    """Write the state dict of the base with the adapter folded in, after comparing outputs."""
+    import torch
+    from safetensors.torch import save_file
+
+    import visadapt as va
+
+    if output.suffix != ".safetensors":
+        raise UserError("--output", f"'{output}' should end in .safetensors")
+    recipe, model = adapted(adapter, config, backbone, checkpoint)
+    image = picture(recipe)
+    with torch.no_grad():
+        before = model.eval()(image)
+        after = va.merge(model)(image)
+    error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp")
+    save_file(state, temporary, metadata={"format": "pt"})
+    os.replace(temporary, output)
+    print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
+    print(f"outputs with the adapter and after merging differ by {error:.1e} (relative, largest)")
+    print(f'load it: timm.create_model(…, num_classes={before.shape[1]}, checkpoint_path="{output}")')
+
+
+def export_file(
+    adapter: Path, output: Path, format: str, config: str | None, backbone: str | None, checkpoint: str | None
+) -> None:
+    """Write an adapter file in the format of another library and say how exact it is."""
+    import visadapt as va
+
+    _, model = adapted(adapter, config, backbone, checkpoint)
+    error = va.export(model, output, format=format)
+    how = "exact" if error == 0 else f"largest relative error of a layer {error:.1e}"
+    print(f"{output}: {format} folder, {how}")
+    print(f'load it: peft.PeftModel.from_pretrained(model, "{output}")')
+
+
+def import_file(
+    adapter: Path, output: Path, config: str | None, backbone: str | None, checkpoint: str | None
+) -> None:
+    """Read a PEFT folder onto its base and save it as an adapter file."""
+    import visadapt as va
+
+    if not adapter.is_dir():
+        raise UserError(str(adapter), "this is not a folder", "a PEFT folder holds adapter_config.json")
+    recipe, model = adapted(adapter, config, backbone, checkpoint)
+    va.save(model, output, base_name=getattr(recipe, "name", None))
+    print(f"{output}: {output.stat().st_size:,} bytes")
+    print(va.summary(model))
+
+
+def adapted(
+    adapter: Path, config: str | None, backbone: str | None, checkpoint: str | None
+) -> tuple[Backbone, nn.Module]:
+    """The recipe of the base and the network with the adapters of a file on it."""
+    import visadapt as va
+    from visadapt.methods import METHODS  # noqa: F401 - a file names methods, their classes must be imported
+
+    recipe = base_recipe(adapter, config, backbone, checkpoint)
+    names = class_names(adapter)
+    model = recipe.build(len(names) or None, names or None)
+    return recipe, va.load(model, adapter)
+
+
+def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpoint: str | None) -> Backbone:
+    """The backbone that options name, else that of the configuration of the adapter's run.
+
+    Raises:
+        UserError: neither is there, or the configuration has no backbone.
+    """
+    from visadapt.backbones.timm_vit import TimmViT
+
+    if backbone is not None:
+        return TimmViT(name=backbone, checkpoint=checkpoint)
+    if checkpoint is not None:
+        raise UserError("--checkpoint", "say of which model these are the weights", "add --backbone NAME")
+    found = config or find_config(str(adapter))
+    if found is None:
+        raise UserError(
+            str(adapter),
+            "no config.yaml beside it says which base it belongs to",
+            "add --backbone or --config",
+        )
+    check_yaml(str(found))
+    return _from_config(Path(found))
+
+
+def _from_config(path: Path) -> Backbone:
+    import yaml
+    from jsonargparse import ArgumentParser
+
+    import visadapt.backbones.timm_vit  # noqa: F401 - short class names need their class imported
+    from visadapt.backbones.base import Backbone
+
+    model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
+    found = (model.get("init_args") or model).get("backbone")
+    if found is None:
+        raise UserError(f"{path}: model.backbone", "this is required and missing")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Backbone, "backbone")
+    return parser.instantiate_classes(parser.parse_object({"backbone": found})).backbone
+
+
+def class_names(adapter: Path) -> list[str]:
+    """Names of the classes of an adapter, from its own metadata, else from its run; empty if unknown."""
+    if adapter.is_file():
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(adapter, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError:
+            return []  # va.load will say what is wrong with the file
+        if "class_names" in metadata:
+            return list(json.loads(metadata["class_names"]))
+    return list(read_facts(adapter).get("class_names", ()))
+
+
+def picture(recipe: Any) -> Tensor:
+    """A batch of one image of noise, preprocessed as the base wants it."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    return recipe.preprocess(False)(Image.fromarray(noise))[None]

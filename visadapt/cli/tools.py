@@ -1,0 +1,161 @@
+"""The commands on files and on the catalogue: typed functions, each a command line by its signature."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, auto_cli
+
+from visadapt.cli.errors import Friendly, UserError, nearby, purposeful
+
+
+class ToolParser(Friendly, ArgumentParser):
+    """The parser of one file command."""
+
+
+def inspect(file: str, norms: bool = False) -> int:
+    """Say what an adapter file is: kind, methods, hyper-parameters, targets, base, tensors.
+
+    Only headers are read, and nothing in the file is run, unless norms are asked for.
+
+    Args:
+        file: A safetensors file, a PEFT folder or a Lightning checkpoint.
+        norms: Also read the tensors and print the norm of each, per layer.
+    """
+    from visadapt.cli.inspect import describe, show
+
+    show(describe(existing(file)), norms)
+    return 0
+
+
+def merge(
+    adapter: str,
+    output: str = "merged.safetensors",
+    config: str | None = None,
+    backbone: str | None = None,
+    checkpoint: str | None = None,
+) -> int:
+    """Fold an adapter into its base: a plain state dict that stock timm loads.
+
+    The base is that of the run that wrote the adapter (its config.yaml lies beside it), unless you name one.
+
+    Args:
+        adapter: Adapter file or PEFT folder.
+        output: File to write (.safetensors).
+        config: Configuration that names the backbone.
+        backbone: Name of a timm model, or "tiny_digits", instead of a configuration.
+        checkpoint: Local weights of that backbone.
+    """
+    from visadapt.cli.files import merge_file
+
+    merge_file(existing(adapter), Path(output), config, backbone, checkpoint)
+    return 0
+
+
+def export(
+    adapter: str,
+    output: str,
+    format: Literal["peft"] = "peft",
+    config: str | None = None,
+    backbone: str | None = None,
+    checkpoint: str | None = None,
+) -> int:
+    """Write an adapter in the format of another library.
+
+    Args:
+        adapter: Adapter file.
+        output: Folder to write.
+        format: The other library.
+        config: Configuration that names the backbone (default: the config.yaml of the adapter's run).
+        backbone: Name of a timm model, or "tiny_digits", instead of a configuration.
+        checkpoint: Local weights of that backbone.
+    """
+    from visadapt.cli.files import export_file
+
+    export_file(existing(adapter), Path(output), format, config, backbone, checkpoint)
+    return 0
+
+
+def import_(
+    adapter: str,
+    output: str = "adapter.safetensors",
+    config: str | None = None,
+    backbone: str | None = None,
+    checkpoint: str | None = None,
+) -> int:
+    """Read an adapter of another library and write it as an adapter file of visadapt.
+
+    Args:
+        adapter: PEFT folder.
+        output: Adapter file to write.
+        config: Configuration that names the backbone.
+        backbone: Name of a timm model, or "tiny_digits", instead of a configuration.
+        checkpoint: Local weights of that backbone.
+    """
+    from visadapt.cli.files import import_file
+
+    import_file(existing(adapter), Path(output), config, backbone, checkpoint)
+    return 0
+
+
+def methods() -> int:
+    """Print the catalogue: equation, layer kinds, whether it merges and exports, source."""
+    from visadapt.cli.catalogue import show
+
+    show()
+    return 0
+
+
+def check(methods: str | None = None, verbose: bool = False) -> int:
+    """Run the property grid, method by layer by property, on this machine; status 1 if a cell fails.
+
+    Args:
+        methods: Names, separated by commas (default: all).
+        verbose: Also print why cells are refused.
+    """
+    from visadapt.cli.check import run_grid
+
+    return run_grid(methods.split(",") if methods else None, verbose)
+
+
+TOOLS: dict[str, Callable[..., int]] = {
+    "inspect": inspect,
+    "merge": merge,
+    "export": export,
+    "import": import_,
+    "methods": methods,
+    "check": check,
+}
+
+
+def existing(file: str) -> Path:
+    """The path of a file or folder that is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise UserError(file, "there is no such file or folder", nearby(file))
+    return path
+
+
+def run(command: str, args: list[str]) -> int:
+    """Run a tool with the arguments of the command line; 2 after the one message of a mistake."""
+    options: dict[str, Any] = {"prog": f"visadapt {command}", "parser_class": ToolParser}
+    try:
+        return auto_cli(TOOLS[command], args=args, as_positional=True, **options)
+    except UserError as error:
+        error.show(command)
+    except Exception as error:
+        if os.environ.get("VISADAPT_DEBUG", "") not in ("", "0") or not purposeful(error):
+            raise
+        UserError("", str(error), "traceback: VISADAPT_DEBUG=1").show(command)
+    except KeyboardInterrupt:
+        print(f"visadapt {command}: stopped", file=sys.stderr)
+        return 130
+    return 2
