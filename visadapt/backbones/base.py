@@ -13,18 +13,22 @@ class Backbone(ABC):
     Attributes:
         class_names: Names of the classes that the checkpoint's head tells apart; None if it has no such head
             or its names are unknown. Set by ``build``.
-        pretrained_classes: Number of classes of the checkpoint's head, 0 without one. Set by ``build``.
+        new_head: Whether the head is not the checkpoint's own. Set by ``build``.
     """
 
     class_names: Sequence[str] | None = None
-    pretrained_classes: int = 0
+    new_head: bool = True
 
     @abstractmethod
-    def build(self, num_classes: int | None = None) -> nn.Module:
+    def build(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> nn.Module:
         """Make the network.
+
+        The checkpoint's head is kept if it has ``num_classes`` outputs and, where both sides name their
+        classes, the names are the same in the same order.
 
         Args:
             num_classes: Outputs of the head; None keeps the checkpoint's own.
+            class_names: Names of the classes of the data.
 
         Returns:
             A module with ``adapter_presets``: target preset → patterns of layer names.
@@ -33,3 +37,7 @@ class Backbone(ABC):
     @abstractmethod
     def preprocess(self, train: bool) -> Callable[[Any], Tensor]:
         """Give the transform from a PIL image to the network's input (channels, height, width)."""
+
+    def head(self, model: nn.Module) -> nn.Module:
+        """The classifier of a network that ``build`` made."""
+        return model.get_classifier()

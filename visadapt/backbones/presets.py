@@ -1,7 +1,7 @@
 """Target presets of any timm model, read off its layers."""
 
 import re
-from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -39,6 +39,8 @@ def _pattern(path: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)
 
 
-def as_tuple(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Make timm's "one name, several names or none" a tuple."""
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Make timm's "one, several or none" a tuple."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -18,7 +18,8 @@ class TimmViT(Backbone):
     """A timm model: ViT, DeiT, Swin, EVA, ConvNeXt, … (whatever ``timm.create_model`` makes).
 
     A checkpoint is always loaded strictly, with its own number of classes; only then is the head replaced if
-    the task has another number. A JSON file of the same name beside a local checkpoint may give
+    the task has other classes. A new head starts at zero, as in Dosovitskiy et al. 2021 (arXiv:2010.11929,
+    section 3.2). A JSON file of the same name beside a local checkpoint may give
     ``class_names`` and ``transforms`` (the shipped base has one).
 
     Args:
@@ -55,7 +56,7 @@ class TimmViT(Backbone):
         self.options = dict(options or {})
         self.transforms = dict(transforms or {})
 
-    def build(self, num_classes: int | None = None) -> nn.Module:
+    def build(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> nn.Module:
         """Make the network; see ``Backbone.build``.
 
         Raises:
@@ -67,7 +68,7 @@ class TimmViT(Backbone):
 
         name, options, about = self._resolve()
         path = self._weights_file()
-        overlay: dict[str, Any] = {}
+        overlay: dict[str, Any] = {}  # what timm shall believe about the weights
         if path:
             count = _count_classes(path, _classifiers(name))
             overlay |= {"file": str(path), "num_classes": count, "custom_load": path.suffix == ".npz"}
@@ -76,11 +77,12 @@ class TimmViT(Backbone):
             options["num_classes"] = num_classes
         options |= {"in_chans": self.in_chans, "drop_path_rate": self.drop_path_rate}
         model = self._create(timm.create_model, name, path, overlay, options)
-        if path or self.pretrained:
-            self.pretrained_classes = model.num_classes
-        if num_classes is not None and model.num_classes != num_classes:
-            model.reset_classifier(num_classes)
-        self.class_names = about.get("class_names") if path else None
+        known = self.class_names = about.get("class_names") if path else None
+        renamed = bool(known and class_names) and list(known) != list(class_names)
+        other = num_classes is not None and model.num_classes != num_classes
+        if other or renamed:
+            _replace_head(model, num_classes or len(class_names))
+        self.new_head = other or renamed or not (path or self.pretrained)
         model.adapter_presets = presets(model)
         return model
 
@@ -174,6 +176,14 @@ class _Channels:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mode={self.mode})"
+
+
+def _replace_head(model: nn.Module, num_classes: int) -> None:
+    """Give the model another classifier, at zero: the same one in every process and after every start."""
+    model.reset_classifier(num_classes)
+    for head in as_tuple(model.get_classifier()):
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
 
 
 def _recipe(path: Path) -> dict[str, Any]:
