@@ -108,7 +108,8 @@ def apply(
     assert isinstance(layer, _ConvNd)
     if isinstance(layer, _ConvTransposeNd):
         conv, x = prepare(layer, x, output_size)
-        y = conv(x, weight, bias)
+        numbers = (conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation)
+        y = getattr(F, f"conv_transpose{conv.dims}d")(x, weight, bias, *numbers)  # aten's own has no autocast
         return y.squeeze(0) if conv.unbatched else y
     return layer._conv_forward(x, weight, bias)  # type: ignore[operator]
 

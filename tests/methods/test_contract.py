@@ -1,0 +1,70 @@
+"""The grid: every method of the catalogue on every layer kind, property by property."""
+
+from __future__ import annotations
+
+import pytest
+
+import visadapt as va
+from visadapt.core.check import HOSTS, PROPERTIES, check
+
+# Hyper-parameters that change the mathematics get rows of their own.
+PROTOTYPES = {
+    **{name: cls() for name, cls in va.METHODS.items()},
+    "LoRA rsLoRA": va.LoRA(rank=3, alpha=5, rslora=True),
+    "LoRA-FA": va.LoRA(rank=3, freeze_down=True),
+    "DoRA in": va.DoRA(axis="in"),
+    "DoRA full gradient": va.DoRA(rank=3, alpha=6, detach_norm=False),
+}
+
+# What cannot work, and the words by which the refusal explains itself.
+REFUSED = {
+    ("DoRA in", "groups", "*"): "no meaning on a grouped convolution",
+    ("DoRA in", "depthwise", "*"): "no meaning on a grouped convolution",
+}
+
+
+def expected_refusal(method: str, host: str, prop: str) -> str | None:
+    for (m, h, p), words in REFUSED.items():
+        if m == method and h in host and p in ("*", prop):
+            return words
+    return None
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("method", PROTOTYPES)
+def test_contract(method: str, host: str) -> None:
+    for prop in PROPERTIES:
+        cell = check(PROTOTYPES[method], host, prop)
+        words = expected_refusal(method, host, prop)
+        if words is None:
+            assert cell.status == "pass", f"{prop}: {cell.message}"
+        else:
+            assert cell.status == "refuse", f"{prop}: should refuse, but {cell.status}"
+            assert words in cell.message
+
+
+@pytest.mark.parametrize("prop", ["fast form", "merge", "gradients and groups", "base restored", "identity at start"])
+def test_the_grid_catches_a_broken_method(prop: str) -> None:
+    assert check(Broken(fault=prop), "Linear", prop).status == "fail"
+
+
+class Broken(va.LoRA):
+    """A LoRA with one fault at a time, to show that the grid can fail."""
+
+    fault: str = ""
+
+    def build(self, layer):
+        super().build(layer)
+        if self.fault == "identity at start":
+            self.up.data.fill_(0.1)
+        if self.fault == "gradients and groups":
+            self.unused = va.core.adapter.zeros(layer, 2)
+        if self.fault == "base restored":
+            layer.layer._parameters["weight"].add_(1.0)
+
+    def side(self, x, layer):
+        return 2 * super().side(x, layer)
+
+    @property
+    def fusable(self):
+        return self.fault not in ("fast form", "merge")
