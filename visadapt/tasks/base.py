@@ -1,0 +1,236 @@
+"""What every task shares: building and adapting the model, the optimiser, steps, logging and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from visadapt.callbacks.adapter_ema import AdapterEMA
+from visadapt.callbacks.adapter_steps import AdapterSteps
+from visadapt.callbacks.check_reached import CheckReached
+from visadapt.callbacks.exact_resume import ExactResume
+from visadapt.callbacks.last_checkpoint import LastCheckpoint
+from visadapt.callbacks.save_on_signal import SaveOnSignal
+from visadapt.core.model import Adaptation
+from visadapt.core.state import base_identity
+from visadapt.core.train import parameter_groups, penalty
+from visadapt.optim.flat import flatten, sync_gradients
+from visadapt.optim.schedule import Schedule, total_steps
+from visadapt.tasks import checkpoint as ck
+from visadapt.tasks.hparams import UNKNOWN, plain
+from visadapt.tasks.sharding import shard
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from torchmetrics import MetricCollection
+
+Stage = Literal["train", "val", "test"]
+DEFAULT_SCHEDULE = Schedule()
+
+
+class BaseTask(L.LightningModule):
+    """Adapts a model to a task. A subclass states ``build``, ``criterion``, ``metrics``, perhaps ``_step``.
+
+    ``self.model`` exists after ``configure_model`` (call it yourself outside a Trainer).
+
+    Args:
+        adapters: Sets of adapters, applied in order; everything else is frozen, then ``thaw`` decides.
+        optimizer: Any torch optimiser; its ``lr`` and ``weight_decay`` are those of the matrices.
+        schedule: Warm-up and decay of the learning rate.
+        up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
+        ema_decay: Keep an exponential average of the trained tensors with this decay, evaluate and save it.
+    """
+
+    def __init__(
+        self,
+        adapters: list[Adaptation] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = DEFAULT_SCHEDULE,
+        up_lr_ratio: float = 1.0,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        known = {k: plain(v) for k, v in self.hparams.items()}
+        self._set_hparams({k: v for k, v in known.items() if v is not UNKNOWN})
+        self.hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+        self.strict_loading = (
+            False  # checkpoints lack the frozen base; on_load_checkpoint is strict about the rest
+        )
+        self.adaptations = list(adapters or [])
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.up_lr_ratio = up_lr_ratio
+        self.ema_decay = ema_decay
+        self.model: nn.Module | None = None
+
+    # --- stated by tasks ---------------------------------------------------------------
+    def build(self) -> nn.Module:
+        """The model before adaptation, with its weights; called once."""
+        raise NotImplementedError(f"{type(self).__name__} must state build()")
+
+    def thaw(self, model: nn.Module) -> None:
+        """Set ``requires_grad`` of what trains besides the adapters (a head, everything); all is frozen."""
+
+    def criterion(self, output: Any, target: Any) -> Tensor:
+        """The loss of one batch, a 0-d tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must state criterion(output, target)")
+
+    def metrics(self) -> MetricCollection | None:
+        """Fresh metrics of (output, target); one collection each is kept for validation and test."""
+        return None
+
+    def _step(self, batch: Any, stage: Stage) -> Tensor:
+        """Loss of one batch of any stage; updates and logs the metrics of the stage."""
+        inputs, target = batch
+        output = self.model(inputs)
+        loss = self.criterion(output, target)
+        self.report(stage, loss, output, target)
+        return loss
+
+    # --- derived -----------------------------------------------------------------------
+    def configure_model(self) -> None:
+        """Build, adapt, decide what trains; shards the model under ``ModelParallelStrategy``. Runs once."""
+        if self.model is not None:
+            return
+        model = self.build()
+        model.requires_grad_(False)
+        for adaptation in self.adaptations:
+            adaptation.apply(model)
+        self.thaw(model)
+        self.base = base_identity(model)  # now: training moves the statistics of trained norms
+        self.model = model
+        if (metrics := self.metrics()) is not None:
+            self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
+        if self._device_mesh is not None:
+            shard(model, self._device_mesh["data_parallel"])
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> BaseTask:
+        """As usual, but a frozen BatchNorm stays in evaluation mode: its statistics belong to the base."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and not _trains(module):
+                module.eval()
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        return self.model(*args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Loss of the task plus what the adapters ask to add."""
+        return self._step(batch, "train") + penalty(self.model)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Metrics of one validation batch."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Metrics of one test batch."""
+        self._step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The output for a batch of inputs, alone or with a target that is ignored."""
+        return self.model(batch[0] if isinstance(batch, list | tuple) else batch)
+
+    def report(self, stage: Stage, loss: Tensor, output: Any, target: Any) -> None:
+        """Log the loss, and in evaluation update and log the metrics of the stage."""
+        size = len(target) if isinstance(target, Tensor) and target.dim() else 1
+        in_training = stage == "train"
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, on_step=in_training,
+                 on_epoch=not in_training, sync_dist=not in_training)  # fmt: skip
+        metrics = getattr(self, f"{stage}_metrics", None)
+        if metrics is not None:
+            metrics.update(output, target)
+            self.log_dict(metrics, batch_size=size)
+
+    # --- optimiser ---------------------------------------------------------------------
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One group per (decay, learning rate); small tensors are stepped as one (see ``optim.flat``)."""
+        defaults = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults
+        groups = parameter_groups(
+            self.model, float(defaults["lr"]), float(defaults.get("weight_decay", 0.0)), self.up_lr_ratio
+        )
+        optimizer = self.optimizer(groups)
+        flatten(optimizer)
+        self._configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        total = total_steps(self.trainer)
+        if total is None:
+            if self.schedule.shape != "constant":
+                raise ValueError(
+                    f"the {self.schedule.shape} schedule needs an end: set trainer.max_epochs or "
+                    "trainer.max_steps, or model.schedule.shape to constant"
+                )
+            total = 1
+        scheduler = self.schedule.scheduler(optimizer, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After a resume: state comes from the checkpoint, hyper-parameters from the configuration."""
+        for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs):
+            scheduler = schedule.scheduler
+            for i, (group, configured) in enumerate(zip(optimizer.param_groups, self._configured)):
+                group.update(configured)
+                group["initial_lr"] = scheduler.base_lrs[i] = configured["lr"]
+                group["lr"] = configured["lr"] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+
+    def on_after_backward(self) -> None:
+        """Bring the gradients where the optimiser, gradient scaling and clipping look for them."""
+        self._sync_gradients()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Again, for gradients that a callback or an adapter replaced."""
+        self._sync_gradients()
+
+    def _sync_gradients(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            sync_gradients(optimizer)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run needs; a Trainer without checkpoints gets none of the resuming ones."""
+        wanted: list[L.Callback] = [AdapterSteps(), CheckReached()]
+        if self.ema_decay is not None:
+            wanted.append(AdapterEMA(self.ema_decay))
+        if self.trainer.checkpoint_callbacks:
+            wanted += [ExactResume(), LastCheckpoint(), SaveOnSignal()]
+        present = {type(c) for c in self.trainer.callbacks}
+        return [c for c in wanted if type(c) not in present]
+
+    # --- checkpoints -------------------------------------------------------------------
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As usual, but unless ``strict`` the frozen base is not missing (Lightning would list all of it)."""
+        keys = super().load_state_dict(state_dict, strict, assign)
+        if not strict and keys.missing_keys:
+            trained = ck.trained_names(self)
+            keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
+        return keys
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained, and say on which base."""
+        names = ck.trained_names(self)
+        checkpoint["state_dict"] = ck.trained_state(checkpoint["state_dict"], names)
+        checkpoint["base"] = dict(self.base)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Missing may be the frozen base only, unexpected nothing, and the base must be the same.
+
+        Raises:
+            ValueError: otherwise; says which tensors.
+        """
+        self.configure_model()
+        state = checkpoint["state_dict"]
+        ck.check_base(checkpoint.get("base"), self.base, "the checkpoint")
+        ck.check_names(ck.trained_names(self), set(state), "the checkpoint")
+        ck.check_shapes(self, state, "the checkpoint")
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
