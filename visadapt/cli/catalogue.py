@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,13 +50,11 @@ def hosts() -> dict[str, object]:
 
 def entry(method: type[Adapter]) -> Entry:
     """Ask a method which layers it refuses, on one layer of each kind."""
-    from visadapt.core.adapter import LowRank
     from visadapt.core.site import Site
 
     sites = {name: Site(layer) for name, layer in hosts().items()}  # type: ignore[arg-type]
     accepted = {name: site for name, site in sites.items() if method().refuse(site) is None}
     merges = any(method().refuse_merge(site) is None for site in accepted.values())
-    exact = issubclass(method, LowRank)
     text = inspect.cleandoc(method.__doc__ or "")
     source = re.search(r"(?:arXiv[: ]|abs/)\s*(\d{4}\.\d{4,5})", text)
     return Entry(
@@ -62,9 +62,26 @@ def entry(method: type[Adapter]) -> Entry:
         text.splitlines()[0].rstrip(".") if text else "",
         tuple(accepted),
         merges,
-        "exact" if exact else "by SVD" if merges else "no",
+        peft(method),
         source[1] if source else "",
     )
+
+
+def peft(method: type[Adapter]) -> str:
+    """How a PEFT folder holds the method on a Linear layer: exact, by SVD (approximate), or no."""
+    from torch import nn
+
+    import visadapt as va
+
+    model = va.adapt(nn.Sequential(nn.Linear(8, 8)), method(), "0")
+    with TemporaryDirectory() as folder:
+        for rank, how in ((None, "exact"), (4, "by SVD")):
+            try:
+                va.export(model, Path(folder) / how, rank=rank)
+            except ValueError:
+                continue
+            return how
+    return "no"
 
 
 def entries() -> list[Entry]:

@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from visadapt.cli import rundir
@@ -71,6 +71,14 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
 
+class Bar(RichProgressBar):
+    """The progress bar without Lightning's version number: the run directory says which run it is."""
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        """The metrics logged with ``prog_bar=True``."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
 class CLI(LightningCLI):
     """LightningCLI with a run directory, adapter files, pictures to predict, and default callbacks."""
 
@@ -91,6 +99,12 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The command of the command line alone: parsers for all four would take four times as long."""
+        every = LightningCLI.subcommands()
+        return {sys.argv[1]: every[sys.argv[1]]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of every command, and the number of classes from the data to the model."""
@@ -138,6 +152,8 @@ class CLI(LightningCLI):
         self.run_dir = (
             Path(chosen) if chosen else rundir.new_run_dir(self.subcommand, files, made_by_run, name)
         )
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # the run has its configuration already
         if config.get("images") is not None:
             from visadapt.cli.predict import use_images
 
@@ -152,10 +168,12 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
         if trainer.get("logger") in (None, True):
-            kwargs["logger"] = rundir.loggers(self.run_dir)
+            kwargs["logger"] = rundir.loggers(self.run_dir, self.subcommand)
         if trainer.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(self.run_dir)
-        callbacks: list[Callback] = [RunReport(str(self.run_dir)), PredictionReport(str(self.run_dir))]
+        bars = [c for c in trainer.get("callbacks") or () if isinstance(c, ProgressBar)]
+        callbacks: list[Callback] = [] if bars or trainer.get("enable_progress_bar") is False else [Bar()]
+        callbacks += [RunReport(str(self.run_dir)), PredictionReport(str(self.run_dir))]
         if config.get("adapter"):
             callbacks.append(LoadAdapter(config["adapter"]))
         self.trainer_defaults["callbacks"] = callbacks
@@ -193,9 +211,10 @@ def check_checkpoint(path: str) -> None:
 
 def quiet() -> None:
     """Silence what no reader can act on: Lightning's advertisements and its advice on tiny data."""
-    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if not any(getattr(f, "__name__", "") == "_no_tips" for f in tips.filters):
-        tips.addFilter(_no_tips)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logger = logging.getLogger(f"lightning.pytorch.{name}")
+        if _worth_reading not in logger.filters:
+            logger.addFilter(_worth_reading)
     for text in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
@@ -205,8 +224,9 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-def _no_tips(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+def _worth_reading(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(text in message for text in ("Tip:", "TPU available", "`weights_only` was not set"))
 
 
 def configs(args: list[str]) -> Iterator[str]:

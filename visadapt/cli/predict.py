@@ -38,9 +38,9 @@ class Pictures(BaseData):
         if stage != "predict":
             raise NotImplementedError("these images have no labels: only predict can use them")
         paths = find_images(self.images)
-        self.unreadable = unreadable(paths, decode=True)
-        bad = "\n".join(self.unreadable)
-        good = [(str(path), -1) for path in paths if f"'{path}'" not in bad]
+        broken = unreadable(paths, decode=True)
+        self.unreadable = list(broken.values())
+        good = [(str(path), -1) for path in paths if path not in broken]
         if not good:
             raise ValueError(f"none of {len(paths)} files could be read; the first: {self.unreadable[0]}")
         return PictureSet(good, self.preprocess(train=False))

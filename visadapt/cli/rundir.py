@@ -36,9 +36,12 @@ def new_run_dir(command: str, config: str | None, made_by_run: str | None, fallb
     return path
 
 
-def loggers(run_dir: Path) -> list[Any]:
-    """CSV and TensorBoard loggers that write straight into ``run_dir``."""
+def loggers(run_dir: Path, command: str) -> list[Any] | bool:
+    """Loggers that write straight into ``run_dir``: CSV, TensorBoard too for ``fit``, none for ``predict``."""
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+    if command == "predict":
+        return False
     places = {"save_dir": str(run_dir.parent), "name": "", "version": run_dir.name}
-    return [CSVLogger(**places), TensorBoardLogger(**places, default_hp_metric=False)]
+    csv = CSVLogger(**places)
+    return [csv, TensorBoardLogger(**places, default_hp_metric=False)] if command == "fit" else [csv]

@@ -66,7 +66,7 @@ def card(facts: RunFacts, pictures: Iterable[str], peft: bool) -> str:
 
 def _figures(facts: RunFacts) -> list[str]:
     rows: list[tuple[str, str]] = [(name, figure_text(name, v)) for name, v in facts.figures.items()]
-    rows.append(("trainable parameters", f"{facts.trainable:,} of {facts.total:,}"))
+    rows.append(("trainable parameters", f"{facts.trainable:,} beside {facts.total:,} of the base"))
     if facts.adapter_bytes:
         rows.append(("adapter file", f"{facts.adapter_bytes / 1024:,.0f} KiB"))
     rows.append(("training", f"{facts.epochs} epochs, {facts.steps} steps, {facts.minutes:.1f} min"))

@@ -106,3 +106,9 @@ def patterns(layers: list[str]) -> str:
         ".".join("*" if part.isdigit() else part for part in layer.split(".")) for layer in layers
     )
     return ", ".join(folded)
+
+
+def readable(path: Path) -> str:
+    """The path as one types it: relative where it lies below the working directory."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -66,7 +66,11 @@ def learning_curves(history: Sequence[dict[str, float]], baselines: dict[str, fl
             marker = "o" if len(points) <= 30 else None
             axes.plot(epochs, values, label=name.split("/")[0], marker=marker, markersize=3, linewidth=1.8)
         if baselines and kind in baselines:
-            axes.axhline(baselines[kind], color="0.45", linestyle="--", linewidth=1.2, label="before")
+            axes.axhline(
+                baselines[kind], color="0.45", linestyle="--", linewidth=1.2, label="before, held out"
+            )
+        if "accuracy" in kind:
+            axes.set_ylim(0, 1.02)  # else a change of one image fills the panel
         _style(axes, kind)
     return fig
 

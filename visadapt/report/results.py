@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -91,12 +93,17 @@ def peak_memory() -> tuple[float, str]:
 
 
 def in_peft(model: nn.Module) -> bool:
-    """Whether each adapter is a pair of factors, which PEFT holds exactly."""
+    """Whether a PEFT folder holds the adapters exactly: tried, not guessed from the method."""
     import visadapt as va
-    from visadapt.core.adapter import LowRank
 
-    found = va.adapters(model).values()
-    return bool(found) and all(isinstance(adapter, LowRank) for adapter in found)
+    if not va.adapters(model):
+        return False
+    with TemporaryDirectory() as folder:
+        try:
+            va.export(model, Path(folder) / "peft")
+        except ValueError:
+            return False
+    return True
 
 
 def base_hash(task: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from visadapt.report.card import figure_text
-from visadapt.report.facts import RunFacts
+from visadapt.report.facts import RunFacts, readable
 
 
 def print_summary(facts: RunFacts, run_dir: Path) -> None:
@@ -17,7 +17,7 @@ def print_summary(facts: RunFacts, run_dir: Path) -> None:
         title=f"{facts.name}: {facts.task} on {facts.base}", title_justify="left", show_header=False
     )
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in facts.figures.items():
         table.add_row(name, figure_text(name, value))
     for group in facts.sets:
@@ -34,9 +34,12 @@ def print_summary(facts: RunFacts, run_dir: Path) -> None:
     table.add_row("training", cost)
     if facts.adapter_bytes:
         table.add_row(
-            "adapter file", f"{run_dir / 'adapter.safetensors'} ({facts.adapter_bytes / 1024:,.0f} KiB)"
+            "adapter file",
+            f"{readable(run_dir / 'adapter.safetensors')} ({facts.adapter_bytes / 1024:,.0f} KiB)",
         )
-    table.add_row("all results", f"{run_dir}{'/'}  (open README.md)")
+    table.add_row("all results", f"{readable(run_dir)}/  (open README.md)")
     Console().print(table)
     if facts.adapter_bytes:
-        print(f"try it: visadapt predict --adapter {run_dir / 'adapter.safetensors'} --images FOLDER")
+        print(
+            f"try it: visadapt predict --adapter {readable(run_dir / 'adapter.safetensors')} --images FOLDER"
+        )
