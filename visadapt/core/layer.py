@@ -58,7 +58,7 @@ class AdaptedLayer(Grafted):
         else:
             y = super().forward(input, *args, **kwargs)
         for adapter in todo:
-            y = _output(self, adapter, input, y)
+            y = _output(self, adapter, input, y, size)
         return y
 
     def _take_parts(self, todo: list[Adapter]) -> tuple[list[Part], list[Adapter]]:
@@ -109,9 +109,9 @@ def _clash(part: Part, parts: list[Part]) -> bool:
     return False
 
 
-def _output(layer: nn.Module, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+def _output(layer: nn.Module, adapter: Adapter, x: Tensor, y: Tensor, size: list[int] | None) -> Tensor:
     """One output-space adapter: y' on its rows, at its strength."""
-    site = _site(layer, adapter)
+    site = Site(layer, adapter.param, adapter.rows, size)
     channel = ops.channel_dim(layer)
     old = y if adapter.rows is None else y.narrow(channel, adapter.rows[0], site.width)
     if isinstance(adapter, LowRank):

@@ -6,6 +6,7 @@ ConvTransposeNd stores (inputs, outputs per group, *kernel).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ def shape_of(layer: nn.Module) -> tuple[int, int, tuple[int, ...], int]:
         return layer.out_features, layer.in_features, (), 1
     assert isinstance(layer, _ConvNd)
     return layer.out_channels, layer.in_channels // layer.groups, tuple(layer.kernel_size), layer.groups
+
+
+def stride_of(layer: nn.Module) -> int:
+    """Input positions per application of the kernel."""
+    if not isinstance(layer, _ConvNd) or isinstance(layer, _ConvTransposeNd):
+        return 1
+    return math.prod(layer.stride)
 
 
 def _swap(layer: nn.Module, weight: Tensor) -> Tensor:

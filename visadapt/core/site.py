@@ -18,8 +18,11 @@ class Site:
         groups: 1 except for grouped convolutions.
     """
 
-    def __init__(self, layer: nn.Module, param: str = "weight", rows: tuple[int, int] | None = None) -> None:
-        self.layer, self.param, self.rows = layer, param, rows
+    def __init__(
+        self, layer: nn.Module, param: str = "weight", rows: tuple[int, int] | None = None,
+        output_size: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.layer, self.param, self.rows, self._output_size = layer, param, rows, output_size
         if ops.is_linear_op(layer) and param == "weight":
             self.outputs, fan_in, kernel, self.groups = ops.shape_of(layer)
             self.in_shape: tuple[int, ...] = (fan_in, *kernel)
@@ -49,13 +52,18 @@ class Site:
         bias = getattr(self.layer, "bias", None) if self.param == "weight" else None
         return None if bias is None else self.cut(bias.detach())
 
+    @property
+    def stride(self) -> int:
+        """Input positions per application of the kernel: 1 for a Linear and for transposed convolutions."""
+        return ops.stride_of(self.layer) if self.param == "weight" else 1
+
     def cut(self, tensor: Tensor) -> Tensor:
         """The site's rows of a tensor whose first dimension is the layer's outputs."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation (stride, dilation, padding mode; no bias) with a canonical weight."""
-        return ops.apply(self.layer, x, ops.native(self.layer, weight).to(x.dtype))
+        return ops.apply(self.layer, x, ops.native(self.layer, weight).to(x.dtype), None, self._output_size)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """(up · down) ∗ x without forming up · down, for down (r, *in_shape) and up (width, r)."""

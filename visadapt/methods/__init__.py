@@ -2,8 +2,16 @@
 
 from visadapt.core.adapter import Adapter
 from visadapt.methods.dora import DoRA
+from visadapt.methods.flora import FLoRA
+from visadapt.methods.hydra import Hydra
+from visadapt.methods.loha import LoHa
 from visadapt.methods.lora import LoRA
+from visadapt.methods.salt import SALT
+from visadapt.methods.ssf import SSF
+from visadapt.methods.wara import WaRA
 
-METHODS: dict[str, type[Adapter]] = {m.__name__: m for m in (LoRA, DoRA)}
+METHODS: dict[str, type[Adapter]] = {
+    m.__name__: m for m in (LoRA, DoRA, FLoRA, WaRA, LoHa, SALT, Hydra, SSF)
+}  # fmt: skip
 
-__all__ = ["METHODS", "DoRA", "LoRA"]
+__all__ = ["METHODS", "SALT", "SSF", "DoRA", "FLoRA", "Hydra", "LoHa", "LoRA", "WaRA"]
