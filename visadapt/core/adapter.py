@@ -13,8 +13,9 @@ Linear, Conv1d/2d/3d or ConvTranspose, or some rows of one.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ class Adapter(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclass(eq=False, repr=False, kw_only=True)(cls)
+        # Configurations are checked against the types of the constructor; as strings they pass unread.
+        hints = get_type_hints(cls.__init__, vars(sys.modules[cls.__module__]))
+        for f in fields(cls):  # type: ignore[arg-type]
+            f.type = cls.__init__.__annotations__[f.name] = hints[f.name]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Adapter:
         # nn.Module must be ready before the generated __init__ assigns the first field.
