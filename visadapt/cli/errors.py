@@ -6,11 +6,11 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -23,6 +23,7 @@ NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value type: |Not a valid subclass of|"
     r"Subclass types expect one of|a class path \(str\)|a dict with|Expected a <class 'NoneType'>"
 )
+DEBUG = "traceback: VISADAPT_DEBUG=1"
 KEY = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)')
 CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*(?P<rest>.*)")
 
@@ -129,8 +130,11 @@ def explain(message: str, known: dict[str, list[str]]) -> UserError:
             key, "there is no such key", close(key, known["options"]) or _beside(parent, known["options"])
         )
     if match := re.search(r"^the following arguments are required: (.+)", message):
-        key = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
-        return UserError(key, "this is required and missing", f"give it in the configuration or as --{key} …")
+        keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1]).split(", ")
+        are = "this is" if len(keys) == 1 else "these are"
+        return UserError(
+            ", ".join(keys), f"{are} required and missing", f"give --config FILE with it, or --{keys[0]} …"
+        )
     found = list(leaves(message))
     if not found:
         return UserError("configuration", message.strip().splitlines()[0])
@@ -144,38 +148,55 @@ def _leaf_error(
 ) -> UserError:
     """The error of one complaint; ``same`` are all complaints about the same key (members of a union)."""
     everything = "\n".join(same)
+    owner = class_path.rpartition(".")[2]
     if match := re.search(r"Option '([^']+)' is not accepted", everything):
-        inner = re.search(r"Namespace\(class_path='([^']+)'", text)  # optimisers name their class here
-        owner = inner[1] if inner else class_path
-        option, options = match[1].split(".")[0], options_of(owner)
-        name = owner.rpartition(".")[2] or "this"
-        hint = one_of(option, options) if options else "say which class: class_path: …"
-        return UserError(f"{where}.{option}", f"{name} has no option '{option}'", hint)
+        return _unknown_option(where, match[1].split(".")[0], class_path, text)
     if match := re.search(r"following arguments are required: (.+)", text):
-        owner = class_path.rpartition(".")[2]
+        key = f"{where}.{match[1]}"
         return UserError(
-            f"{where}.{match[1]}",
-            f"{owner} requires it and it is missing",
-            f"give it in the configuration or as --{where}.{match[1]} …",
+            key, f"{owner} requires it and it is missing", f"give it in the file or as --{key} …"
         )
-    if match := re.search(
-        r"(?:Expected a path but|File does not exist:) '?([^\s']+\.(?:ya?ml|json))", everything
-    ):
+    if match := re.search(MISSING_FILE, everything):
         return UserError(where, f"there is no file '{match[1]}'", nearby(match[1]))
     if match := re.search(r"No module named '([^']+)'", everything):
-        return UserError(
-            where, f"there is no module '{match[1]}'", close(class_path.split(".")[-1], known["classes"])
-        )
+        return UserError(where, f"there is no module '{match[1]}'", close(owner, known["classes"]))
     if match := re.search(r"Expected a dot import path string: (\S+)", everything):
         return UserError(where, f"there is no class '{match[1]}'", one_of(match[1], known["classes"]))
-    if match := re.search(r"(?:File does not exist|Path .*): '?([^\s']+)", everything):
-        return UserError(where, f"there is no file '{match[1]}'", nearby(match[1]))
+    if match := re.search(r"Importing '([^']+)' is not allowed", everything):
+        return UserError(where, f"a configuration must not import '{match[1]}'")
+    return _wrong_value(where, text, everything, given(text) or given(message))
+
+
+MISSING_FILE = r"(?:Expected a path but|File does not exist:) '?([^\s']+\.(?:ya?ml|json))"
+
+
+def _unknown_option(where: str, option: str, class_path: str, text: str) -> UserError:
+    inner = re.search(r"Namespace\(class_path='([^']+)'", text)  # optimisers name their class here
+    owner = inner[1] if inner else class_path
+    options = options_of(owner)
+    hint = one_of(option, options) if options else "say which class: class_path: …"
+    return UserError(
+        f"{where}.{option}", f"{owner.rpartition('.')[2] or 'this'} has no option '{option}'", hint
+    )
+
+
+def _wrong_value(where: str, text: str, everything: str, value: str) -> UserError:
+    """A value of the wrong type, or none of those that are allowed."""
+    got = f", got {value!r}" if value else ""
+    choices = [
+        c for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", everything) for c in _words(group)
+    ]
+    if choices:
+        hint = close(value, choices) if value else ""
+        return UserError(where, f"expected one of {', '.join(choices)}{got}", hint)
     types = re.findall(r"Expected a <class '([\w.]+)'>", everything)
     if types:
-        value = given(text) or given(message)
-        got = f", got {value!r}" if value else ""
         return UserError(where, f"expected {' or '.join(dict.fromkeys(types))}{got}")
     return UserError(where, " ".join(text.split())[:200])
+
+
+def _words(group: str) -> list[str]:
+    return [word.strip(" '\"") for word in group.split(",")]
 
 
 def _beside(parent: str, options: list[str]) -> str:
@@ -193,57 +214,37 @@ def nearby(file: str) -> str:
     return f"did you mean: {folder / match[0]}?" if match else ""
 
 
-def check_yaml(file: str) -> None:
-    """Raise a `UserError` that names file, line and column where ``file`` is no YAML mapping.
+def purposeful(error: BaseException) -> BaseException | None:
+    """The error that visadapt raised itself, to tell the user something; its message is enough then.
 
-    Keys given twice are an error too: YAML readers keep the last one in silence.
+    The innermost line of its traceback is a ``raise`` of ours. The error of a constructor arrives inside one
+    of jsonargparse, which is looked through. Anything else may be a defect: None, show it whole.
     """
-    import yaml
-
-    if not Path(file).is_file():
-        raise UserError("--config", f"there is no file '{file}'", nearby(file))
-    text = Path(file).read_text(encoding="utf-8")
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line if mark else 0
-        source = text.splitlines()[line].strip() if line < len(text.splitlines()) else "end of the file"
-        problem = error.problem or "is not YAML"
-        raise UserError(f"{file}:{line + 1}", f"YAML syntax: {problem}", f"near: {source}") from None
-    if node is None:
-        raise UserError(file, "the file is empty")
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(file, "expected a mapping of keys to values (key: value)")
-    for twice in _duplicates(node):
-        raise UserError(f"{file}:{twice.start_mark.line + 1}", f"the key '{twice.value}' is given twice")
-
-
-def _duplicates(node: Any) -> Iterator[Any]:
-    """Key nodes of a YAML tree that repeat an earlier key of the same mapping."""
-    seen: set[str] = set()
-    for child in node.value if isinstance(node.value, list) else ():
-        key, value = child if isinstance(child, tuple) else (None, child)
-        if key is not None and key.value in seen:
-            yield key
-        if key is not None:
-            seen.add(key.value if isinstance(key.value, str) else repr(key.value))
-        if value is not None:
-            yield from _duplicates(value)
-
-
-def purposeful(error: BaseException) -> bool:
-    """True where visadapt raised ``error`` itself, to tell the user something; its message is enough then.
-
-    The innermost line of the traceback is a ``raise`` of ours. Anything else may be a defect: show it whole.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
     ours = Path(__file__).resolve().parents[1]
-    return bool(
-        frames
-        and Path(frames[-1].filename).is_relative_to(ours)
-        and (frames[-1].line or "").startswith("raise ")
-    )
+    found: BaseException | None = error
+    while found is not None:
+        frames = traceback.extract_tb(found.__traceback__)
+        last = frames[-1] if frames else None
+        if last and Path(last.filename).is_relative_to(ours):
+            return found if (last.line or "").startswith("raise ") else None
+        if last is None or "jsonargparse" not in last.filename:
+            return None
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def told(error: BaseException, place: Callable[[Sequence[str]], str]) -> UserError:
+    """A `UserError` from the message of another error: it begins with a key, or ``place`` finds the key.
+
+    Args:
+        error: What `purposeful` returned.
+        place: Finds the key that holds one of the values quoted in the message; empty if none does.
+    """
+    text = str(error.args[0] if error.args else error)
+    head, _, rest = text.partition(": ")
+    if rest and re.fullmatch(r"(model|data|trainer)(\.\w+)+", head):
+        return UserError(head, rest, DEBUG)
+    return UserError(place(re.findall(r"'([^']+)'", text)), text, DEBUG)
 
 
 def fail(error: UserError, command: str) -> NoReturn:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visadapt.cli.errors import UserError, check_yaml
+from visadapt.cli import yaml_files
+from visadapt.cli.errors import UserError
 from visadapt.cli.main import find_config
 from visadapt.report.facts import read_facts
 
@@ -103,7 +104,7 @@ def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpo
             "no config.yaml beside it says which base it belongs to",
             "add --backbone or --config",
         )
-    check_yaml(str(found))
+    yaml_files.check(str(found))
     return _from_config(Path(found))
 
 

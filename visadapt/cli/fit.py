@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -13,11 +15,14 @@ from pkgutil import iter_modules
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 
-from visadapt.cli import rundir
-from visadapt.cli.errors import Friendly, UserError, check_yaml, nearby, purposeful, subclasses
+from visadapt.cli import rundir, yaml_files
+from visadapt.cli.errors import Friendly, UserError, close, nearby, purposeful, subclasses, told
 from visadapt.cli.main import option
 
 PLUGINS = ("methods", "backbones", "data", "tasks", "callbacks")
@@ -179,10 +184,24 @@ class CLI(LightningCLI):
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)
-        except (RuntimeError, ValueError) as error:  # Lightning's MisconfigurationException is a RuntimeError
-            gpus = torch.cuda.device_count()
-            what = " ".join(str(error).split())
-            raise UserError("trainer", what, f"this machine has {gpus} CUDA device(s)") from error
+        except (MisconfigurationException, ValueError) as error:
+            raise trainer_error(error, trainer) from error
+
+
+def trainer_error(error: Exception, settings: Any) -> UserError:
+    """Name the option of the trainer that Lightning refuses, and what there is instead."""
+    text = " ".join(str(error).split())
+    text = text.partition(" Find a complete list")[0].partition(" Example choices")[0]
+    for key in ("strategy", "devices", "accelerator", "precision"):
+        if re.search(rf"{key}\b", text):
+            known = {"strategy": [*StrategyRegistry], "accelerator": [*AcceleratorRegistry, "gpu"]}.get(key)
+            hint = close(str(settings[key]), known) if known else ""
+            return UserError(f"trainer.{key}", text, hint or _machine())
+    return UserError("trainer.accelerator", text, _machine())
+
+
+def _machine() -> str:
+    return f"this machine has {torch.cuda.device_count()} CUDA devices and {os.cpu_count()} CPU cores"
 
 
 def check_checkpoint(path: str) -> None:
@@ -198,11 +217,15 @@ def check_checkpoint(path: str) -> None:
         raise UserError("--ckpt_path", f"there is no file '{path}'", nearby(path))
     if Path(path).is_dir():  # a sharded checkpoint
         return
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            "--ckpt_path", f"'{path}' is no checkpoint, or it is cut off", "an adapter file goes to --adapter"
+        )
     try:
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError("--ckpt_path", f"'{path}' is no readable checkpoint", reason) from error
+        raise UserError("--ckpt_path", f"'{path}' cannot be read", reason) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(
             "--ckpt_path", f"'{path}' holds no training state", "an adapter file goes to --adapter"
@@ -229,14 +252,6 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     return not any(text in message for text in ("Tip:", "TPU available", "`weights_only` was not set"))
 
 
-def configs(args: list[str]) -> Iterator[str]:
-    """Configuration files named on a command line."""
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name in ("-c", "--config") and (equals or i + 1 < len(args)):
-            yield value if equals else args[i + 1]
-
-
 def run() -> int:
     """Run the training command in ``sys.argv``; 0, or 2 after the one message of a mistake."""
     from jsonargparse import set_parsing_settings
@@ -250,8 +265,8 @@ def run() -> int:
     quiet()
     sys.path.append(os.getcwd())  # class_path: my_module.MyMethod
     try:
-        for file in configs(sys.argv):
-            check_yaml(file)
+        for file in yaml_files.files(sys.argv):
+            yaml_files.check(file)
         import_plugins()
         CLI()
     except UserError as error:
@@ -260,10 +275,9 @@ def run() -> int:
         error.show(command)
         return 2
     except Exception as error:
-        if debug or not purposeful(error):
+        ours = purposeful(error)
+        if debug or ours is None:
             raise
-        UserError("", str(error.args[0] if error.args else error), "traceback: VISADAPT_DEBUG=1").show(
-            command
-        )
+        told(ours, lambda quoted: yaml_files.where(quoted, sys.argv)).show(command)
         return 2
     return 0

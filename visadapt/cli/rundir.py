@@ -37,7 +37,7 @@ def new_run_dir(command: str, config: str | None, made_by_run: str | None, fallb
 
 
 def loggers(run_dir: Path, command: str) -> list[Any] | bool:
-    """Loggers that write straight into ``run_dir``: CSV, TensorBoard too for ``fit``, none for ``predict``."""
+    """Loggers that write into ``run_dir``: CSV, TensorBoard too for ``fit``, none for ``predict``."""
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     if command == "predict":

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from visadapt.cli.errors import Friendly, UserError, nearby, purposeful
+from visadapt.cli.errors import Friendly, UserError, nearby, purposeful, told
 
 
 class ToolParser(Friendly, ArgumentParser):
@@ -152,9 +152,10 @@ def run(command: str, args: list[str]) -> int:
     except UserError as error:
         error.show(command)
     except Exception as error:
-        if os.environ.get("VISADAPT_DEBUG", "") not in ("", "0") or not purposeful(error):
+        ours = purposeful(error)
+        if os.environ.get("VISADAPT_DEBUG", "") not in ("", "0") or ours is None:
             raise
-        UserError("", str(error), "traceback: VISADAPT_DEBUG=1").show(command)
+        told(ours, lambda quoted: "").show(command)
     except KeyboardInterrupt:
         print(f"visadapt {command}: stopped", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from visadapt.report import evaluate, plots
-from visadapt.report.facts import readable, write_text
+from visadapt.report.facts import write_text
 from visadapt.report.results import gathered
 
 TOP = 3
