@@ -30,12 +30,50 @@ _HOME = {
     ),
 }  # fmt: skip
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+__all__ = [
+    "METHODS",
+    "SALT",
+    "SSF",
+    "Adaptation",
+    "Adapter",
+    "Delta",
+    "DoRA",
+    "FLoRA",
+    "FeatureMap",
+    "Hydra",
+    "LoHa",
+    "LoRA",
+    "LowRank",
+    "WaRA",
+    "WeightMap",
+    "adapt",
+    "adapters",
+    "export",
+    "load",
+    "merge",
+    "merged",
+    "parameter_groups",
+    "penalty",
+    "rebuild",
+    "remove",
+    "save",
+    "strength",
+    "summary",
+]
 
 if TYPE_CHECKING:
     from visadapt.core.adapter import Adapter, Delta, FeatureMap, LowRank, WeightMap
     from visadapt.core.model import (
-        Adaptation, adapt, adapters, merge, merged, rebuild, remove, strength, summary,
+        Adaptation,
+        adapt,
+        adapters,
+        merge,
+        merged,
+        rebuild,
+        remove,
+        strength,
+        summary,
     )  # fmt: skip
     from visadapt.core.state import save
     from visadapt.core.train import parameter_groups, penalty
@@ -50,4 +88,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return [*__all__, "__version__"]

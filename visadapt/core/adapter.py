@@ -45,6 +45,13 @@ class Adapter(nn.Module):
 
     no_decay: ClassVar[tuple[str, ...]] = ()
 
+    # Annotations of this class are not fields: only subclasses become dataclasses.
+    name: str
+    param: str
+    view: bool
+    rows: tuple[int, int] | None
+    strength: float
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclass(eq=False, repr=False, kw_only=True)(cls)
@@ -53,14 +60,14 @@ class Adapter(nn.Module):
         for f in fields(cls):  # type: ignore[arg-type]
             f.type = cls.__init__.__annotations__[f.name] = hints[f.name]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Adapter:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Adapter:  # noqa: D102
         # nn.Module must be ready before the generated __init__ assigns the first field.
         self = object.__new__(cls)
         nn.Module.__init__(self)
         self.name = "default"
         self.param = "weight"
         self.view = False
-        self.rows: tuple[int, int] | None = None
+        self.rows = None
         self.strength = 1.0
         return self
 

@@ -254,7 +254,9 @@ def _autocast(case: _Case) -> None:
     close(y.float(), exact, 0.1)
     for name, p in model.named_parameters():
         if p.requires_grad:
-            assert p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype, f"{name}: bad gradient"
+            assert p.grad is not None, f"{name} has no gradient"
+            assert p.grad.isfinite().all(), f"the gradient of {name} is not finite"
+            assert p.grad.dtype == p.dtype, f"the gradient of {name} is {p.grad.dtype}"
 
 
 def _several(case: _Case) -> None:
@@ -327,7 +329,9 @@ def check(method: Adapter, host: str, prop: str) -> Cell:
 
 
 def run(
-    methods: Mapping[str, type[Adapter]] | Iterable[Adapter], hosts: Iterable[str] = HOSTS, props: Iterable[str] = PROPERTIES
+    methods: Mapping[str, type[Adapter]] | Iterable[Adapter],
+    hosts: Iterable[str] = HOSTS,
+    props: Iterable[str] = PROPERTIES,
 ) -> Iterator[Cell]:
     """The grid, cell by cell; the state of the global random generator is kept.
 

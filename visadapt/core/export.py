@@ -43,9 +43,13 @@ def lora_factors(model: nn.Module, rank: int | None = None) -> dict[str, Factors
     found = {}
     for name, layer in grafted(model):
         if layer._views:
-            raise ValueError(f"'{name}' is adapted where its parameter is read; LoRA files cannot say that, merge instead")
+            raise ValueError(
+                f"'{name}' is adapted where its parameter is read; LoRA files cannot say that, merge instead"
+            )
         if getattr(layer, "groups", 1) > 1 or getattr(layer, "transposed", False):
-            raise ValueError(f"'{name}' is a grouped or transposed convolution, which LoRA files do not cover; merge instead")
+            raise ValueError(
+                f"'{name}' is a grouped or transposed convolution, which LoRA files do not cover; merge instead"
+            )
         found[name] = _exact(layer) or _truncated(name, layer, rank)
     if not found:
         raise ValueError("nothing to export: the model has no adapters")

@@ -143,7 +143,7 @@ def fold(layer: Grafted, param: str) -> tuple[Tensor, Tensor | None]:
     source = stored(layer, param).detach()
     exact = torch.promote_types(source.dtype, torch.float32)  # fold in fp32, round once
     weight = source.to(exact)
-    bias = layer._parameters.get("bias") if param == "weight" else None
+    bias: Tensor | None = layer._parameters.get("bias") if param == "weight" else None
     bias = None if bias is None else bias.detach().to(exact)
     called = ops.is_linear_op(layer) and param == "weight"
     weight = ops.canonical(layer, weight) if called else weight
@@ -183,7 +183,7 @@ def _fold_affine(
 
 # --- the class swap ------------------------------------------------------------------------
 @cache  # one class per base class and views: torch.compile reuses graphs over equal layers
-def _class(base: type[nn.Module], views: tuple[str, ...]) -> type[Grafted]:
+def _class(base: Any, views: tuple[str, ...]) -> type[Grafted]:
     if not views:
         return type(f"Adapted{base.__name__}", (AdaptedLayer, base), {"_base": base})
     body: dict[str, Any] = {name: property(_view(name)) for name in views}
@@ -200,7 +200,7 @@ def _view(name: str) -> Any:
 
 
 def _blank(base: type[nn.Module], views: tuple[str, ...]) -> nn.Module:
-    cls = _class(base, views)
+    cls = _class(base, views)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -223,13 +223,10 @@ def refuse_graft(layer: nn.Module, adapter: Adapter) -> str | None:
 
 def graft(layer: nn.Module, key: str, adapter: Adapter) -> None:
     """Attach a built adapter to a layer under `adapters.<key>` (`refuse_graft` says whether that works)."""
-    grafted = isinstance(layer, Grafted)
-    base = layer._base if grafted else type(layer)
-    views = tuple(sorted({*(layer._views if grafted else ()), adapter.param})) if adapter.view else ()
-    if not grafted:
-        layer.adapters = nn.ModuleDict()
-    layer.__class__ = _class(base, views)
-    layer.adapters[key] = adapter  # type: ignore[index, operator]
+    base, views = (layer._base, layer._views) if isinstance(layer, Grafted) else (type(layer), ())
+    held = dict(layer.adapters.items()) if isinstance(layer, Grafted) else {}
+    layer.adapters = nn.ModuleDict({**held, key: adapter})
+    layer.__class__ = _class(base, tuple(sorted({*views, adapter.param})) if adapter.view else ())  # type: ignore[arg-type]
 
 
 def prune(layer: Grafted, keys: list[str]) -> None:
@@ -239,4 +236,4 @@ def prune(layer: Grafted, keys: list[str]) -> None:
     if not left:
         del layer._modules["adapters"]
         layer.__dict__.pop("lean", None)
-        layer.__class__ = layer._base
+        layer.__class__ = layer._base  # type: ignore[assignment]

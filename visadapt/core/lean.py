@@ -31,11 +31,11 @@ class Recipe:
             return self.make(*sources).reshape(self.shape).to(self.dtype)
 
 
-def recipe(x: Tensor) -> Recipe | None:
-    """How to recompute x, or None where that takes more than its producer keeps."""
+def recipe(x: Tensor, dtype: torch.dtype) -> Recipe | None:
+    """How to recompute x in that dtype, or None where that takes more than its producer keeps."""
     if torch.compiler.is_compiling() or _checkpointing():
         return None  # both decide for themselves what to keep
-    node = x.grad_fn
+    node: Any = x.grad_fn
     # Views and the copy of a permuted tensor: attention's (B, H, N, d) -> (B, N, H·d).
     permute: list[tuple[int, int]] = []
     while node is not None and node.name() in _LAYOUT:
@@ -61,7 +61,7 @@ def recipe(x: Tensor) -> Recipe | None:
                 out = out.transpose(a, b)
             return out
 
-    return Recipe(make, tuple(s.detach() for s in sources), x.shape, x.dtype)
+    return Recipe(make, tuple(s.detach() for s in sources), x.shape, dtype)
 
 
 _LAYOUT = {"ViewBackward0", "UnsafeViewBackward0", "CloneBackward0", "TransposeBackward0", "ToCopyBackward0"}

@@ -69,7 +69,7 @@ def update(
         return _composed(layer, x, weight, bias, parts, output_size)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x.dtype
-    made = recipe(x) if lean and x.requires_grad else None
+    made = recipe(x, dtype) if lean and x.requires_grad else None
     cast = [t.to(dtype) for t in (x, weight)]
     bias = None if bias is None else bias.to(dtype)
     flat = [t for p in parts for t in (p.down.to(dtype), p.up.to(dtype), None if p.gain is None else p.gain.to(dtype))]
@@ -173,7 +173,7 @@ class LinearUpdate(_Update):
     """The update of a Linear: (*, in) -> (*, out)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # noqa: D102
         ctx: Any, made: Recipe | None, rows: list[Rows], x: Tensor, weight: Tensor, bias: Tensor | None, *flat: Any
     ) -> Tensor:
         downs, gains = flat[0::3], flat[2::3]
@@ -183,23 +183,23 @@ class LinearUpdate(_Update):
         z = flat_x @ _join(downs).t()
         merged = merged_is_cheaper(flat_x.shape[0], weight)
         if merged:
-            y = F.linear(flat_x, _merge(weight, downs, ups, gains, rows), bias)
+            y = F.linear(x, _merge(weight, downs, ups, gains, rows), bias)
         else:
-            y = F.linear(flat_x, weight, None if gained else bias)
+            y = F.linear(x, weight, None if gained else bias)
+            flat_y = y.view(-1, y.shape[-1])
             for up, gain, r, part_z in zip(ups, gains, rows, z.split([len(up) for up in ups], 1)):
-                part = y[:, _slice(r)].addmm_(part_z, up)
+                part = flat_y[:, _slice(r)].addmm_(part_z, up)
                 if gain is not None:
                     part.mul_(gain)
             if gained and bias is not None:
                 y.add_(bias)
-        y = y.view(*x.shape[:-1], y.shape[-1])
         _Update.keep(ctx, made, rows, x, y, [z, weight, bias, *(t for p in zip(downs, ups, gains) for t in p)])
         ctx.merged = merged
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # noqa: D102
         with torch.autocast(grad.device.type, enabled=False):
             x, y, (z, weight, bias, *flat) = _Update.restore(ctx)
             downs, ups, gains = flat[0::3], flat[1::3], flat[2::3]
@@ -233,7 +233,7 @@ class ConvUpdate(_Update):
     """The update of an ungrouped convolution: (N, in, *size) -> (N, out, *size')."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # noqa: D102
         ctx: Any, conv: ops.Conv, made: Recipe | None, rows: list[Rows], x: Tensor, weight: Tensor,
         bias: Tensor | None, *flat: Any,
     ) -> Tensor:  # fmt: skip
@@ -255,7 +255,7 @@ class ConvUpdate(_Update):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # noqa: D102
         with torch.autocast(grad.device.type, enabled=False):
             conv, need_x = ctx.conv, ctx.needs_input_grad[3]
             x, y, (z, weight, bias, *flat) = _Update.restore(ctx)

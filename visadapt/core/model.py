@@ -83,7 +83,9 @@ def adapt(
 
 
 def _key(name: str, target: Target) -> str:
-    return "_".join([name, *([target.param] if target.view else []), *([target.part.replace("/", "of")] if target.part else [])])
+    return "_".join(
+        [name, *([target.param] if target.view else []), *([target.part.replace("/", "of")] if target.part else [])]
+    )
 
 
 def _make(method: Adapter, target: Target, key: str, name: str) -> Adapter:

@@ -125,7 +125,7 @@ def stored(layer: nn.Module, param: str) -> Tensor:
     Raises:
         KeyError: the module holds no such tensor.
     """
-    found = layer._parameters.get(param)
+    found: Tensor | None = layer._parameters.get(param)
     if found is None:
         found = layer._buffers.get(param)  # packed or frozen weights may be buffers
     if found is None:

@@ -80,7 +80,9 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in found.items()}
 
 
-def save(model: nn.Module, path: str | Path, base_name: str | None = None, extra: Mapping[str, str] | None = None) -> Path:
+def save(
+    model: nn.Module, path: str | Path, base_name: str | None = None, extra: Mapping[str, str] | None = None
+) -> Path:
     """Write the adapters of a model, and what else was trained, as one safetensors file.
 
     Args:
@@ -126,7 +128,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 )
             return json.loads(metadata["visadapt"]), {k: file.get_tensor(k) for k in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a complete safetensors file ({error}); adapters load from nothing else") from error
+        raise ValueError(
+            f"'{path}' is not a complete safetensors file ({error}); adapters load from nothing else"
+        ) from error
 
 
 def load_native(model: Model, path: str | Path, strict: bool = False, name: str | None = None) -> Model:
@@ -143,7 +147,9 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
     """
     file_plan, held = read(path)
     if file_plan.get("format") != FORMAT:
-        raise ValueError(f"'{path}' has format {file_plan.get('format')}, this visadapt reads {FORMAT}; upgrade visadapt")
+        raise ValueError(
+            f"'{path}' has format {file_plan.get('format')}, this visadapt reads {FORMAT}; upgrade visadapt"
+        )
     _check_base(model, file_plan["base"], held, path, strict)
     sets = file_plan["sets"]
     if name is not None:
@@ -169,7 +175,7 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
 
 def _rename(key: str, old: str, new: str) -> str:
     head, marker, tail = key.rpartition("adapters.")
-    return f"{head}{marker}{new}{tail[len(old):]}" if marker and tail.startswith(old) else key
+    return f"{head}{marker}{new}{tail[len(old) :]}" if marker and tail.startswith(old) else key
 
 
 def _check_base(model: nn.Module, base: Mapping[str, str], held: Mapping[str, Tensor], path: Any, strict: bool) -> None:

@@ -1,12 +1,12 @@
-"""Which layers, and which of their rows, a pattern means.
+r"""Which layers, and which of their rows, a pattern means.
 
-    attn.qkv              suffix of a layer's name
-    blocks.*.mlp.fc?      glob over the whole name
-    re:blocks\\.[0-3]\\..*  regular expression over the whole name
-    type:Conv2d           layer type
-    attention             preset: of the model (`model.adapter_presets`) or of PRESETS
-    attn.in_proj_weight   a parameter that code reads instead of calling a layer
-    …:q  …:k  …:v         thirds of a fused projection;  …:0/2  first of two equal parts
+attn.qkv              suffix of a layer's name
+blocks.*.mlp.fc?      glob over the whole name
+re:blocks\.[0-3]\..*  regular expression over the whole name
+type:Conv2d           layer type
+attention             preset: of the model (`model.adapter_presets`) or of PRESETS
+attn.in_proj_weight   a parameter that code reads instead of calling a layer
+…:q  …:k  …:v         thirds of a fused projection;  …:0/2  first of two equal parts
 """
 
 from __future__ import annotations
@@ -62,14 +62,17 @@ def resolve(model: nn.Module, targets: Targets, exclude: Sequence[str] | str = (
     Raises:
         ValueError: a pattern matches nothing, or its rows do not divide the layer.
     """
-    wanted = {targets: {}} if isinstance(targets, str) else targets
-    wanted = wanted if isinstance(wanted, Mapping) else dict.fromkeys(wanted, {})
+    listed = [targets] if isinstance(targets, str) else targets
+    wanted = listed if isinstance(listed, Mapping) else {pattern: {} for pattern in listed}
     if not wanted:
         raise ValueError("no targets: name layers, for instance ['attn.qkv:q', 'attn.qkv:v'] or 'attention'")
     candidates = _candidates(model)
     left_out = set()
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        left_out |= set(_matches(model, pattern, candidates))
+        excluded = _matches(model, pattern, candidates)
+        if not excluded:
+            raise ValueError(f"exclude pattern '{pattern}' matches no layer; it was probably meant to")
+        left_out |= set(excluded)
     found: dict[tuple[str, str], Target] = {}
     for pattern, overrides in wanted.items():
         body, _, part = pattern.rpartition(":") if _has_part(pattern) else (pattern, "", "")
@@ -120,7 +123,10 @@ def _matches(model: nn.Module, pattern: str, candidates: Mapping[str, tuple[str,
         names = {n for p in patterns if p != pattern for n in _matches(model, p, candidates)}
         return [n for n in candidates if n in names]
     if pattern.startswith("re:"):
-        expression = re.compile(pattern[3:])
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"'{pattern}' is not a regular expression: {error}") from error
         return [n for n in candidates if expression.fullmatch(n) and _called(candidates[n], n)]
     if pattern.startswith("type:"):
         kind = pattern[5:].removeprefix("nn.")

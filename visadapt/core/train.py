@@ -57,7 +57,9 @@ def parameter_groups(
     Raises:
         ValueError: nothing is trainable.
     """
-    spared = {id(p) for a in adapters(model).values() for n, p in a.named_parameters() if n.split(".")[-1] in a.no_decay}
+    spared = {
+        id(p) for a in adapters(model).values() for n, p in a.named_parameters() if n.split(".")[-1] in a.no_decay
+    }
     spared |= {id(p) for n, p in model.named_parameters() if p.dim() <= 1 and ".adapters." not in f".{n}"}
     ups = {id(p) for a in adapters(model).values() for n, p in a.named_parameters() if n.split(".")[0].startswith("up")}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

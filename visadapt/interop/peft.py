@@ -37,7 +37,9 @@ def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> 
     """
     tensors, ranks, error = _doras(model) if _only_dora(model) else _loras(model, rank)
     use_dora = _only_dora(model)
-    saved = sorted({n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)})
+    saved = sorted(
+        {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)}
+    )
     for module in saved:
         for name, tensor in model.get_submodule(module).state_dict().items():
             tensors[f"{PREFIX}{module}.{name}"] = tensor.detach()
@@ -118,7 +120,9 @@ def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
             raise FileNotFoundError(f"'{folder}' is no PEFT folder: it has no {file}")
     config = json.loads((folder / "adapter_config.json").read_text())
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"'{folder}' holds PEFT's {config.get('peft_type')}; LORA (with or without use_dora) can be read")
+        raise ValueError(
+            f"'{folder}' holds PEFT's {config.get('peft_type')}; LORA (with or without use_dora) can be read"
+        )
     try:
         held = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
