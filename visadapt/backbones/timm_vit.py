@@ -105,6 +105,9 @@ class TimmViT(Backbone):
         side = self.img_size or self.options.get("img_size")
         size = {"input_size": (self.in_chans, side, side)} if side else {"in_chans": self.in_chans}
         config = resolve_data_config(size | given, pretrained_cfg=self._pretrained_cfg())
+        for key in ("mean", "std"):
+            if len(config[key]) != self.in_chans:
+                config[key] = (sum(config[key]) / len(config[key]),) * self.in_chans
         if train:
             config |= {key: value for key, value in given.items() if key not in config}
         return Compose([_Channels(self.in_chans), create_transform(**config, is_training=train)])
