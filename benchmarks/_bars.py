@@ -1,7 +1,7 @@
 """The bars: what each method must reach, as data, and how each is judged from measured rows.
 
-Every figure is the "must" column of the speed and memory study that preceded the code (prototypes reached them
-on fp32, CPU, one thread, unless the dtype says bf16).
+Every figure is the "must" column of the speed and memory study that preceded the code: prototypes reached
+them on a CPU with one thread, in fp32 unless the dtype says bf16.
 """
 
 from __future__ import annotations

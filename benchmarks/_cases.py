@@ -1,4 +1,4 @@
-"""What is measured: the frozen host, our methods, their peers and literal forms, one class of case for all."""
+"""What is measured: our methods, their peers and the literal forms, each as one `Case`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build one case of a method: a function of the host and a frozen model, and its place in the table."""
+    """How to build one case of a method, as a function of the host and a frozen model."""
 
     source: str
     variant: str
@@ -100,6 +100,8 @@ def our_hparams(method: str, host: Host, model: nn.Module) -> dict[str, object]:
         return {}
     if method == "SALT":
         return {"rank": RANK, "top": salt_top(host, model)}
+    if method == "FLoRA":
+        return {"rank": RANK, "scale": 1.0}
     return {"rank": RANK}
 
 

@@ -29,7 +29,7 @@ def _matvec(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a)
 
 
-# torch's own table has the functional forms only; in-place updates and matrix-vector products would count as 0
+# torch's own table has no in-place updates and no matrix-vector products: they would count as 0
 _SHAPES: dict[Any, Callable[..., int]] = {
     aten.addmm_: _addmm,
     aten.baddbmm_: _addmm,
@@ -183,7 +183,6 @@ def state_bytes(model: nn.Module, base: Iterable[Tensor]) -> int:
     """Bytes of parameters and buffers that ``model`` has and the frozen base has not."""
     own = {t.untyped_storage().data_ptr() for t in base}
     extra = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
     return sum(size for pointer, size in extra.items() if pointer not in own)

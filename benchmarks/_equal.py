@@ -21,8 +21,14 @@ TOLERANCE = 1e-10  # float64 products of a few thousand terms agree to about 1e-
 _PEFT = {"down": r"lora_A\.default\.weight", "up": r"lora_B\.default\.weight"}
 _LOCON = {"down": r"lora_down\.weight", "up": r"lora_up\.weight"}
 _HADA = {"up1": "w1_a", "down1": "w1_b", "up2": "w2_a", "down2": "w2_b"}
-_BANDS = [f"{band}{level}" for level in (1, 2, 3) for band in ("LL", "LH", "HL", "HH")]
-
+_AXES = {f"axis{k}": rf"axes\.{k}" for k in (0, 1)}
+_BRANCHES = [
+    (f"{branch}_{end}{bias}", f"{prefix}{end}{bias}")
+    for branch, prefix in (("parallel", ""), ("sequential", "seq_"))
+    for end in ("down", "up")
+    for bias in ("", "_bias")
+]
+_LEVELS = [(f"{end}{k}", rf"{end}\.{k}") for end in ("up", "down") for k in (0, 1, 2)]
 
 
 def _ours(**names: str) -> dict[str, str]:
@@ -37,15 +43,18 @@ NAMES: dict[tuple[str, str], dict[str, str]] = {
     ("DoRA", "visadapt"): _ours(down="down", up="up", magnitude="magnitude"),
     ("DoRA", "peft"): {**_PEFT, "magnitude": r"lora_magnitude_vector\.default\.weight"},
     ("DoRA", "lycoris"): {**_LOCON, "magnitude": "dora_scale"},
+    ("LoHa", "visadapt"): _ours(up1="up_a", down1="down_a", up2="up_b", down2="down_b"),
     ("LoHa", "peft"): {name: rf"hada_{end}\.default" for name, end in _HADA.items()},
     ("LoHa", "lycoris"): {name: f"hada_{end}" for name, end in _HADA.items()},
-    ("FLoRA", "literal"): {name: name for name in ("core", "up", "inner")}
-    | {f"axis{k}": rf"axes\.{k}" for k in (0, 1)},
-    ("WaRA", "literal"): {f"{end}{band}": rf"{end}\.{band}" for end in ("up", "down") for band in _BANDS},
+    ("FLoRA", "visadapt"): _ours(core="core", up="up", inner="inner", **_AXES),
+    ("FLoRA", "literal"): {"core": "core", "up": "up", "inner": "inner", **_AXES},
+    ("WaRA", "visadapt"): _ours(**dict(_LEVELS)),
+    ("WaRA", "literal"): dict(_LEVELS),
+    ("SALT", "visadapt"): _ours(alpha="scale", beta="shift", x="mix_left", y="mix_right"),
     ("SALT", "literal"): {name: name for name in ("alpha", "beta", "x", "y")},
-    ("Hydra", "literal"): {
-        f"{a}_{b}": f"{a}_{b}" for a in ("parallel", "sequential") for b in ("down", "up")
-    },
+    ("Hydra", "visadapt"): _ours(**{theirs: ours for theirs, ours in _BRANCHES}),
+    ("Hydra", "literal"): {name: name for name, _ in _BRANCHES},
+    ("SSF", "visadapt"): _ours(gamma="scale", beta="shift"),
     ("SSF", "literal"): {"gamma": "gamma", "beta": "beta"},
 }
 # LyCORIS differentiates DoRA's norm; PEFT and we hold it constant (section 4.3 of the DoRA paper)
@@ -103,18 +112,14 @@ def relative_error(ours: Case, peer: Case, host: Host, x: Tensor) -> float:
     """
     mine, theirs = slots(ours), slots(peer)
     if {k: len(v) for k, v in mine.items()} != {k: len(v) for k, v in theirs.items()} or not mine:
-        raise ValueError(
-            f"{ours.label} has {list(mine)} and {peer.label} {list(theirs)}: not the same tensors"
-        )
+        raise ValueError(f"{ours.label} has {list(mine)} and {peer.label} {list(theirs)}: not the same tensors")
     for name, pairs in mine.items():
         for slot, other in zip(pairs, theirs[name], strict=True):
             slot.fill(other.canonical(other.parameter.detach()))
     results = [_run(case, host, x) for case in (ours, peer)]
     errors = [_difference(a, b) for a, b in zip(*results, strict=True)]
     skipped = {
-        name
-        for key in ((ours.method, ours.source), (peer.method, peer.source))
-        for name in OTHER_GRADIENT.get(key, ())
+        name for key in ((ours.method, ours.source), (peer.method, peer.source)) for name in OTHER_GRADIENT.get(key, ())
     }
     for name, pairs in mine.items():
         for slot, other in zip(pairs, theirs[name], strict=True):

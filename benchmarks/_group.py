@@ -165,9 +165,9 @@ def count(step: Step, row: Row, reference: Row | None, base: nn.Module, eager: b
 class Bench:
     """The cases of a group and what is measured on them."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, host: Host | None = None) -> None:
         self.group = group
-        self.host = hosts(group.depth)[group.host]
+        self.host = host or hosts(group.depth)[group.host]
         self.dtype = DTYPES[group.dtype]
         torch.manual_seed(0)
         self.base = freeze(self.host.build(False)).to(group.device, self.dtype).train()
@@ -192,9 +192,7 @@ class Bench:
         """Take in one case, and count its deterministic columns."""
         if compiled:
             variant = f"{case.variant} compiled".strip()
-            case = Case(
-                case.method, case.source, variant, case.model, case.trained, f"{case.group} compiled".strip()
-            )
+            case = Case(case.method, case.source, variant, case.model, case.trained, f"{case.group} compiled".strip())
         step = Step(case, self.host, self.x, compiled)
         row = self.row(case.method, case.source, case.variant)
         count(step, row, self.rows["frozen/A"], self.base, eager=not compiled)
@@ -206,7 +204,6 @@ class Bench:
         reference, control = self.frozen("A"), self.frozen("A/A")
         row = self.row("frozen", "A")
         count(reference, row, None, self.base, eager=True)
-        flops, traffic = row.flops, row.traffic
         self.steps["frozen/A"], self.rows["frozen/A"] = reference, row
         self.blocks.append([])
         self.add(control.case)
@@ -217,8 +214,7 @@ class Bench:
             for recipe in _cases.recipes(method, self.host, self.dtype, self.group.peers):
                 self._try(method, recipe)
             self._errors(method)
-        assert flops and traffic
-        row.flops = row.traffic = 1.0
+        row.flops = row.traffic = 1.0  # until here the totals that the others are divided by
 
     def _try(self, method: str, recipe: _cases.Recipe) -> None:
         try:
@@ -228,9 +224,7 @@ class Bench:
                 self.add(_cases.make(method, recipe, self.host, self.base), compiled=True)
         except _cases.Unavailable as reason:
             self.row(method, recipe.source, recipe.variant).note = str(reason)
-        except (
-            Exception
-        ) as error:  # a broken case must not cost the others their hour: its row says what broke
+        except Exception as error:  # a broken case must not cost the others their hour: its row says what broke
             traceback.print_exc()
             self.row(method, recipe.source, recipe.variant).note = f"failed: {type(error).__name__}: {error}"
 
@@ -247,7 +241,13 @@ class Bench:
             pair = self._pair(a, b)
             mine, peer = built.get(a.label), built.get(b.label)
             if mine and peer and _equal.comparable(mine, peer):
-                pair.error = _equal.relative_error(mine, peer, self.host, x)
+                try:
+                    pair.error = _equal.relative_error(mine, peer, self.host, x)
+                except ValueError as reason:  # other tensors, so another mathematics: the row must say so
+                    self.rows[a.label].note = f"failed: {reason}"
+                else:
+                    if pair.error > _equal.TOLERANCE:
+                        self.rows[a.label].note = f"failed: differs from {b.label} by {pair.error:.0e} in float64"
             self.result.pairs.append(pair)
 
     def pairs(self, labels: list[str]) -> list[tuple[Case, Case]]:
@@ -258,9 +258,7 @@ class Bench:
         return [(a, b) for a in mine for b in others if a.group == b.group]
 
     def _pair(self, a: Case, b: Case) -> Pair:
-        pair = Pair(
-            self.host.suite, self.host.name, self.group.dtype, a.method, a.variant, b.source, b.variant
-        )
+        pair = Pair(self.host.suite, self.host.name, self.group.dtype, a.method, a.variant, b.source, b.variant)
         mine, theirs = self.rows[a.label], self.rows[b.label]
         pair.saved = mine.saved_mib / theirs.saved_mib if theirs.saved_mib else None
         pair.kept = mine.kept_mib / theirs.kept_mib if theirs.kept_mib else None
@@ -273,9 +271,7 @@ class Bench:
         for column in ("step", "infer"):
             for step in self.steps.values():
                 step.case.model.train(column == "step")
-            call = {
-                label: (step.train if column == "step" else step.infer) for label, step in self.steps.items()
-            }
+            call = {label: (step.train if column == "step" else step.infer) for label, step in self.steps.items()}
             blocks = [{label: call[label] for label in block} for block in self.blocks if block]
             times = _measure.interleave(call["frozen/A"], blocks, self.group.rounds, now)
             self._fill(times, column)
@@ -307,9 +303,7 @@ class Bench:
 def measure(group: Group) -> Result:
     """Run one group in this process."""
     torch.set_num_threads(group.threads)
-    torch._dynamo.config.recompile_limit = (
-        64  # cases share their forward's code; past the limit they run eagerly
-    )
+    torch._dynamo.config.recompile_limit = 64  # cases share their forward's code; past the limit they run eagerly
     bench = Bench(group)
     bench.collect()
     if group.rounds:

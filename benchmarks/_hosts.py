@@ -41,7 +41,7 @@ class Host:
         return drawn.to(device, dtype).requires_grad_(not self.source)
 
     def open(self, model: nn.Module) -> nn.Module:
-        """Let the gradient through to the start of ``model``; call it after an adapter library froze things."""
+        """Let the gradient through to the start of ``model``, after an adapter library froze it."""
         if self.source:
             model.get_parameter(self.source).requires_grad_(True)
         return model

@@ -26,9 +26,7 @@ def run(options: argparse.Namespace, steps: int = 10) -> None:
             for method in options.methods or _cases.METHODS:
                 for recipe in _cases.recipes(method, host, DTYPES[dtype], tuple(options.peers)):
                     if options.sources is None or recipe.source in options.sources:
-                        step = Step(
-                            _cases.make(method, recipe, host, base), host, x, options.compile == "both"
-                        )
+                        step = Step(_cases.make(method, recipe, host, base), host, x, options.compile == "both")
                         print(f"\n{step.case.label} on {host.name}, {dtype}: {steps} steps")
                         print(_profile(step, steps, activities, options.device))
 
@@ -39,6 +37,4 @@ def _profile(step: Step, steps: int, activities: list[torch.profiler.ProfilerAct
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
             step.train()
-    return profiler.key_averages().table(
-        sort_by=f"self_{device}_time_total", row_limit=15, max_name_column_width=48
-    )
+    return profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15, max_name_column_width=48)

@@ -95,16 +95,24 @@ def _name(source: str, variant: str) -> str:
 
 
 def _rows_table(rows: list[Row]) -> str:
-    header = ["method", "by", "trained", "step / A", "inference / A", "FLOPs / A", "operators", "bytes touched / A",
-              "saved MiB", "kept MiB", "peak MiB", "state MiB", "note"]  # fmt: skip
+    header = [
+        "method",
+        "by",
+        "trained",
+        "step / A",
+        "inference / A",
+        "FLOPs / A",
+        "operators",
+        "bytes touched / A",
+    ]
+    header += ["saved MiB", "kept MiB", "peak MiB", "state MiB", "note"]
     lines = []
     for r in rows:
-        lines.append([
-            r.method, _name(r.source, r.variant), "" if r.trained is None else f"{r.trained:,}",
-            _spread(r.step, r.step_iqr), _spread(r.infer, r.infer_iqr), _number(r.flops, 3),
-            "" if r.operators is None else str(r.operators), _number(r.traffic), _number(r.saved_mib),
-            _number(r.kept_mib), _number(r.peak_mib), _number(r.state_mib), r.note.replace("|", "/").replace("\n", " "),
-        ])  # fmt: skip
+        cells = [r.method, _name(r.source, r.variant), "" if r.trained is None else f"{r.trained:,}"]
+        cells += [_spread(r.step, r.step_iqr), _spread(r.infer, r.infer_iqr), _number(r.flops, 3)]
+        cells += ["" if r.operators is None else str(r.operators), _number(r.traffic)]
+        cells += [_number(value) for value in (r.saved_mib, r.kept_mib, r.peak_mib, r.state_mib)]
+        lines.append([*cells, " ".join(r.note.replace("|", "/").split())])
     return _table(header, lines)
 
 
@@ -139,11 +147,12 @@ def _bars_table(result: Result) -> str:
 
 
 LEGEND = """\
-A is the frozen model, the gradient crossing all of it. `step` is forward, backward and AdamW; times are the median
-over rounds of the case's time over that of A just before and after it, ± half the interquartile range. `saved` is
-every storage that autograd took in during forward (the definition behind the bars), `kept` what it still held when
-forward returned, `peak` the live bytes of forward and backward above the state, `state` the parameters and buffers
-beside the frozen ones. FFTs count as no FLOPs. `literal` is the published formula computed as written.
+A is the frozen model, the gradient crossing all of it. `step` is forward, backward and AdamW; times are the
+median over rounds of the case's time over that of A just before and after it, ± half the interquartile range.
+`saved` is every storage that autograd took in during forward (the definition behind the bars), `kept` what it
+still held when forward returned, `peak` the live bytes of forward and backward above the state, `state` the
+parameters and buffers beside the frozen ones. FFTs count as no FLOPs. `literal` is the published formula
+computed as written.
 """
 
 

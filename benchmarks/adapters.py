@@ -4,10 +4,10 @@
     python -m benchmarks.adapters table DIR
     python -m benchmarks.adapters profile --suite linear768 --methods DoRA --sources visadapt,peft
 
-Train step, inference, FLOPs, operators, bytes touched, bytes saved for backward, peak memory, trained parameters,
-and the float64 difference from each peer at equal weights. Each group of cases (a host, a precision; for the ViT
-also a method) runs in a process of its own, see `benchmarks._measure` for how times are taken. Results are written
-after every group, so that an interrupted run keeps what it has.
+Train step, inference, FLOPs, operators, bytes touched, bytes saved for backward, peak memory, trained
+parameters, and the float64 difference from each peer at equal weights. Each group of cases (a host, a
+precision; for the ViT also a method) runs in a process of its own, see `benchmarks._measure` for how times are
+taken. Results are written after every group, so that an interrupted run keeps what it has.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--methods", type=_list, default=None, help="of the catalogue; all by default")
     found.add_argument("--peers", type=_list, default=list(PEERS), help=f"of {','.join(PEERS)}")
     found.add_argument("--sources", type=_list, default=None, help="profile: whose cases; all by default")
-    found.add_argument(
-        "--compile", choices=["no", "both"], default="no", help="both: torch.compile'd rows as well"
-    )
+    found.add_argument("--compile", choices=["no", "both"], default="no", help="both: torch.compile'd rows as well")
     found.add_argument("--dtype", type=_list, default=["fp32"], help="of fp32,bf16")
     found.add_argument("--rounds", type=int, default=15, help="0 leaves the times out")
     found.add_argument("--threads", type=int, default=1)
@@ -122,9 +120,7 @@ def run_group(spec: dict[str, object], threads: int) -> dict[str, list[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "group.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        counts = {
-            name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        }
+        counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         environment = {**os.environ, **counts, "KINETO_LOG_LEVEL": "5"}
         command = [sys.executable, "-m", "benchmarks.adapters", "--group", str(file)]
         done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
@@ -153,9 +149,7 @@ def facts(options: argparse.Namespace) -> dict[str, str]:
     import torch
 
     found = {"command": "python -m benchmarks.adapters " + shlex.join(_without_out(sys.argv[1:]))}
-    found["commit"] = _git("rev-parse", "HEAD") + (
-        " with local changes" if _git("status", "--porcelain") else ""
-    )
+    found["commit"] = _git("rev-parse", "HEAD") + (" with local changes" if _git("status", "--porcelain") else "")
     found["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     found["machine"] = f"{_processor()}, {os.cpu_count()} cores"
     if options.device == "cuda":
@@ -204,9 +198,7 @@ def run(options: argparse.Namespace) -> int:
     result, failed, about = Result(), False, facts(options)
     groups = plan(options)
     for number, spec in enumerate(groups, 1):
-        label = " ".join(
-            [str(spec.get("host", "optimizer")), str(spec.get("dtype", "")), *spec.get("methods", [])]
-        )
+        label = " ".join([str(spec.get("host", "optimizer")), str(spec.get("dtype", "")), *spec.get("methods", [])])
         print(f"[{number}/{len(groups)}] {label}", file=sys.stderr, flush=True)
         try:
             found = run_group(spec, options.threads)
@@ -237,9 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
             from benchmarks import _report
 
             if options.folder is None:
-                raise ValueError(
-                    "table needs the folder of a stored run: python -m benchmarks.adapters table DIR"
-                )
+                raise ValueError("table needs the folder of a stored run: python -m benchmarks.adapters table DIR")
             print(_report.markdown(*_report.load(options.folder)))
             return 0
         if options.command == "profile":

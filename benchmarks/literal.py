@@ -9,7 +9,6 @@ Symbols: W is the frozen weight, flattened to (out, fan_in); x the input of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +45,10 @@ class FLoRA(Literal):
     the layer's full size is run. core (r_out, r_in, s, …), up (out, r_out), inner (in, r_in), axes (k, s).
     """
 
-    def __init__(
-        self, layer: nn.Linear | nn.Conv2d, rank: int = 8, kernel_rank: int = 2, scale: float = 1.0
-    ) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int = 8, kernel_rank: int = 2, scale: float = 1.0) -> None:
         super().__init__(layer)
         fan_in, *kernel = self.rest
         ranks = [min(size, kernel_rank) for size in kernel]
-        self.scale = scale
         self.core = draw(layer, rank, rank, *ranks)
         self.up, self.inner = draw(layer, self.out, rank), draw(layer, fan_in, rank)
         self.axes = nn.ParameterList(draw(layer, size, r) for size, r in zip(kernel, ranks))
@@ -61,7 +57,7 @@ class FLoRA(Literal):
         delta = self.core
         for mode, factor in enumerate((self.up, self.inner, *self.axes)):
             delta = torch.tensordot(delta, factor, dims=([mode], [1])).movedim(-1, mode)
-        return self.layer(x) + self.scale * self.apply_weight(x, delta)
+        return self.layer(x) + self.apply_weight(x, delta)
 
 
 def synthesis(low: Tensor, high: Tensor, filters: tuple[Tensor, Tensor], dim: int) -> Tensor:
@@ -90,106 +86,104 @@ def synthesis(low: Tensor, high: Tensor, filters: tuple[Tensor, Tensor], dim: in
 class WaRA(Literal):
     """y = W x + ΔW x with ΔW = IDWT2(B_b A_b for every sub-band b), the coefficients and ΔW materialised.
 
-    up_b (out / 2^j, r), down_b (r, fan_in / 2^j) at level j; the coarsest level has LL, LH, HL, HH, finer ones
-    LH, HL, HH (first letter: band of the output axis). After Heidari et al. 2025, arXiv:2506.24092; its code was
-    not to be had, so this is a reading of the text.
+    Level j (from 1, the finest) stacks the factors of its sub-bands: up (out / 2^j, rows), down (rows,
+    in / 2^j, *kernel), rank rows each for LH, HL, HH (first letter: band of the output axis), at the coarsest
+    level LL before them. After arXiv:2506.24092 (2025), whose code was not to be had: a reading of its text.
     """
 
-    def __init__(
-        self,
-        layer: nn.Linear | nn.Conv2d,
-        rank: int = 8,
-        wavelet: str = "haar",
-        levels: int = 1,
-        scale: float = 1.0,
-    ) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int = 8, wavelet: str = "haar", levels: int = 1) -> None:
         super().__init__(layer)
         import pywt
 
         if self.out % 2**levels or self.rest[0] % 2**levels:
-            raise ValueError(
-                f"the literal WaRA needs sizes that {2**levels} divides, got {tuple(layer.weight.shape)}"
-            )
+            raise ValueError(f"{2**levels} must divide the sizes of {tuple(layer.weight.shape)}")
         wave = pywt.Wavelet(wavelet)
-        self.scale, self.levels = scale, levels
+        self.rank, self.levels = rank, levels
         self.register_buffer("low", torch.tensor(wave.rec_lo, dtype=layer.weight.dtype))
         self.register_buffer("high", torch.tensor(wave.rec_hi, dtype=layer.weight.dtype))
-        self.up, self.down = nn.ParameterDict(), nn.ParameterDict()
-        for level in range(levels, 0, -1):
-            for band in ("LL", "LH", "HL", "HH") if level == levels else ("LH", "HL", "HH"):
-                self.up[f"{band}{level}"] = draw(layer, self.out >> level, rank)
-                self.down[f"{band}{level}"] = draw(layer, rank, *[self.rest[0] >> level, *self.rest[1:]])
+        self.up, self.down = nn.ParameterList(), nn.ParameterList()
+        for level in range(1, levels + 1):
+            rows = rank * len(self.bands(level))
+            self.up.append(draw(layer, self.out >> level, rows))
+            self.down.append(draw(layer, rows, self.rest[0] >> level, *self.rest[1:]))
 
-    def block(self, band: str) -> Tensor:
-        """The low-rank coefficients of one sub-band, (out / 2^j, in / 2^j, *kernel)."""
-        return torch.tensordot(self.up[band], self.down[band], dims=1)
+    def bands(self, level: int) -> list[str]:
+        """Names of a level's sub-bands in the order of their rows."""
+        return [*(["LL"] if level == self.levels else []), "LH", "HL", "HH"]
+
+    def blocks(self, level: int) -> dict[str, Tensor]:
+        """The low-rank coefficients of each sub-band of a level, (out / 2^j, in / 2^j, *kernel)."""
+        pairs = zip(self.up[level - 1].split(self.rank, 1), self.down[level - 1].split(self.rank), strict=True)
+        products = [torch.tensordot(up, down, dims=1) for up, down in pairs]
+        return dict(zip(self.bands(level), products, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         filters = (self.low, self.high)
-        coarse = self.block(f"LL{self.levels}")
+        coarse = None
         for level in range(self.levels, 0, -1):
-            low_rows = synthesis(coarse, self.block(f"LH{level}"), filters, 1)
-            high_rows = synthesis(self.block(f"HL{level}"), self.block(f"HH{level}"), filters, 1)
+            band = self.blocks(level)
+            coarse = band["LL"] if coarse is None else coarse
+            low_rows = synthesis(coarse, band["LH"], filters, 1)
+            high_rows = synthesis(band["HL"], band["HH"], filters, 1)
             coarse = synthesis(low_rows, high_rows, filters, 0)
-        return self.layer(x) + self.scale * self.apply_weight(x, coarse)
+        return self.layer(x) + self.apply_weight(x, coarse)
 
 
 class SALT(Literal):
     """y = U Σ' Vᵀ x + b: the singular values in a dense n × n core, the weight rebuilt in each forward.
 
-    W = U Σ Vᵀ; Σ' holds relu(α σ + β) for the first ``top`` values and, for the rest, Σ + X Y. As the official
-    code does it (Elsharkawi et al. 2025, arXiv:2503.16055); ``relu`` is ``"values"`` (on the scaled values) or
-    ``"all"`` (on every element of the core, as in that code).
+    W = U Σ Vᵀ; Σ' holds relu(α σ + β) for the first ``top`` values and, for the rest, Σ + X Y. As the
+    official code does it (arXiv:2503.16055, 2025), but with the relu on the scaled values alone, where that
+    code applies it to the whole core. The signs of U and V are ours: X and Y depend on them.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, top: int, rank: int = 8, relu: str = "values") -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, top: int, rank: int = 8) -> None:
         super().__init__(layer)
-        if relu not in ("values", "all"):
-            raise ValueError(f"relu={relu!r}: choose 'values' or 'all'")
-        u, s, vh = torch.linalg.svd(layer.weight.detach().flatten(1).double(), full_matrices=False)
-        for name, value in (("u", u), ("s", s), ("vh", vh)):
-            self.register_buffer(name, value.to(layer.weight.dtype))
-        self.top, self.relu = min(top, len(s)), relu
-        rest = len(s) - self.top
-        self.alpha, self.beta = (
-            nn.Parameter(torch.ones_like(self.s[: self.top])),
-            nn.Parameter(0 * self.s[: self.top]),
-        )
+        from visadapt.maths.svd import signed_svd
+
+        weight = layer.weight.detach()
+        basis = [t.to(weight) for t in signed_svd(weight.flatten(1))]
+        for name, value in zip(("u", "s", "vh"), basis, strict=True):
+            self.register_buffer(name, value)
+        self.top = min(top, len(self.s))
+        rest = len(self.s) - self.top
+        self.alpha = nn.Parameter(torch.ones_like(self.s[: self.top]))
+        self.beta = nn.Parameter(torch.zeros_like(self.alpha))
         self.x, self.y = draw(layer, rest, rank), draw(layer, rank, rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        top = self.alpha * self.s[: self.top] + self.beta
+        top = (self.alpha * self.s[: self.top] + self.beta).relu()
         rest = torch.diag(self.s[self.top :]) + self.x @ self.y
-        core = torch.block_diag(torch.diag(top if self.relu == "all" else top.relu()), rest)
-        core = core.relu() if self.relu == "all" else core
+        core = torch.block_diag(torch.diag(top), rest)
         return self.apply_weight(x, self.u @ core @ self.vh, self.layer.bias)
 
 
 class Hydra(Literal):
-    """y = f + s B_p A_p x + s B_s A_s f with f = W x + b: a parallel and a sequential branch.
+    """y = f + B_p (A_p x + a_p) + c_p + B_s (A_s f + a_s) + c_s with f = W x + b.
 
-    As the official code does it (Kim et al. 2024, arXiv:2309.06922), without the branches' own biases.
+    The parallel and the sequential branch one layer after the other, with the biases of the official VTAB
+    code (Kim et al. 2023, arXiv:2309.06922).
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int = 8, scale: float = 1.0) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int = 8) -> None:
         super().__init__(layer)
-        self.scale = scale
         self.parallel_down, self.parallel_up = draw(layer, rank, *self.rest), draw(layer, self.out, rank)
         self.sequential_down, self.sequential_up = draw(layer, rank, self.out), draw(layer, self.out, rank)
+        self.parallel_down_bias, self.parallel_up_bias = draw(layer, rank), draw(layer, self.out)
+        self.sequential_down_bias, self.sequential_up_bias = draw(layer, rank), draw(layer, self.out)
 
-    def mix(self, x: Tensor, weight: Tensor) -> Tensor:
+    def mix(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Multiply the channels of every position by ``weight``."""
-        return (
-            F.conv2d(x, weight[:, :, None, None])
-            if isinstance(self.layer, nn.Conv2d)
-            else F.linear(x, weight)
-        )
+        if isinstance(self.layer, nn.Conv2d):
+            return F.conv2d(x, weight[:, :, None, None], bias)
+        return F.linear(x, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         f = self.layer(x)
-        parallel = self.mix(self.apply_weight(x, self.parallel_down), self.parallel_up)
-        sequential = self.mix(self.mix(f, self.sequential_down), self.sequential_up)
-        return f + self.scale * parallel + self.scale * sequential
+        z = self.apply_weight(x, self.parallel_down, self.parallel_down_bias)
+        parallel = self.mix(z, self.parallel_up, self.parallel_up_bias)
+        z = self.mix(f, self.sequential_down, self.sequential_down_bias)
+        return f + parallel + self.mix(z, self.sequential_up, self.sequential_up_bias)
 
 
 class SSF(Literal):
@@ -200,7 +194,7 @@ class SSF(Literal):
         self.gamma, self.beta = draw(layer, self.out), draw(layer, self.out)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape: Sequence[int] = (-1, 1, 1) if isinstance(self.layer, nn.Conv2d) else (-1,)
+        shape = (-1, 1, 1) if isinstance(self.layer, nn.Conv2d) else (-1,)
         return self.layer(x) * self.gamma.reshape(shape) + self.beta.reshape(shape)
 
 
