@@ -60,6 +60,16 @@ class ExactResume(L.Callback):
             return
         set_random_state(states[trainer.global_rank])
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Correct a count of Lightning 2.6.
+
+        Under ``max_steps`` a run resumed from the end of an epoch ends that epoch, now empty, once more: it is
+        counted twice, the order of the next one is skipped, and ``max_epochs`` is reached one epoch early.
+        """
+        progress = trainer.fit_loop.epoch_progress
+        for counts in (progress.current, progress.total):
+            counts.processed = counts.completed + 1  # what is always true here
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold the training's state."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -76,6 +86,7 @@ def random_state() -> dict[str, Any]:
     """State of the torch (CPU, current CUDA device), numpy and Python generators, safe for weights_only."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    words = torch.from_numpy(keys.astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,

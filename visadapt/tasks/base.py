@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,9 +57,7 @@ class BaseTask(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        known = {k: plain(v) for k, v in self.hparams.items()}
-        self._set_hparams({k: v for k, v in known.items() if v is not UNKNOWN})
-        self.hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+        self._make_hparams_plain()
         self.strict_loading = (
             False  # checkpoints lack the frozen base; on_load_checkpoint is strict about the rest
         )
@@ -94,6 +93,14 @@ class BaseTask(L.LightningModule):
         return loss
 
     # --- derived -----------------------------------------------------------------------
+    def _make_hparams_plain(self) -> None:
+        """Objects become the data they are made from; what cannot (a lambda) is left to its default on loading."""
+        known = {name: plain(value) for name, value in self.hparams.items()}
+        self.hparams.clear()
+        self.hparams.update({name: value for name, value in known.items() if value is not UNKNOWN})
+        self.hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+        self._hparams_initial = copy.deepcopy(self.hparams)
+
     def configure_model(self) -> None:
         """Build, adapt, decide what trains; shards the model under ``ModelParallelStrategy``. Runs once."""
         if self.model is not None:

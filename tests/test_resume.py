@@ -1,0 +1,120 @@
+"""A killed run continues with the same bits: order, augmentation, dropout, mixup, optimiser, averages."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training import Crash, CrashAt, NoisyData, TinyTask, train, weights
+
+import visadapt as va
+
+SCRIPT = Path(__file__).with_name("training.py")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def run(*args):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+CASES = {
+    "mid-epoch": (5, {}),
+    "just saved": (6, {}),
+    "last batch": (8, {}),
+    "epoch end": (9, {}),
+    "second epoch": (13, {}),
+    "accumulation": (7, {"accumulate_grad_batches": 2, "every": 1}),
+    "last batch saved": (9, {"every": 3}),
+    "by steps": (13, {"max_epochs": -1, "max_steps": 18}),
+    "by steps, at epoch end": (9, {"max_epochs": -1, "max_steps": 18}),
+    "both limits": (9, {"max_steps": 18}),
+    "limited batches": (10, {"limit_train_batches": 7, "every": 7}),
+    "validation within the epoch": (13, {"val_check_interval": 4, "every": 4}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact(tmp_path, case):
+    batches, options = CASES[case]
+    whole = train(tmp_path / "whole", **options)
+    with pytest.raises(Crash):
+        train(tmp_path / "cut", CrashAt(batches), **options)
+    resumed = train(tmp_path / "cut", resume=tmp_path / "cut" / "last.ckpt", **options)
+    assert same(weights(whole), weights(resumed))
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
+    assert 0 < len(resumed.losses) < len(whole.losses)
+
+
+@pytest.mark.parametrize("batches", [5, 9, 13])
+def test_averages_resume_exactly(tmp_path, batches):
+    whole = train(tmp_path / "whole", task=TinyTask(ema_decay=0.9))
+    with pytest.raises(Crash):
+        train(tmp_path / "cut", CrashAt(batches), task=TinyTask(ema_decay=0.9))
+    path = tmp_path / "cut" / "last.ckpt"
+    resumed = train(tmp_path / "cut", resume=path, task=TinyTask(ema_decay=0.9))
+    assert same(weights(whole), weights(resumed))
+
+
+def test_sigkill_with_workers(tmp_path):
+    """A real kill with two workers; the resumed run has none, the batches are the same."""
+    killed = run(tmp_path / "cut", "--workers", 2, "--kill-at", 5)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    whole = train(tmp_path / "whole", workers=0)
+    resumed = train(tmp_path / "cut", workers=2, resume=tmp_path / "cut" / "last.ckpt")
+    assert same(weights(whole), weights(resumed))
+
+
+def test_sigterm_saves_and_says_where(tmp_path):
+    left = run(tmp_path / "cut", "--kill-at", 4, "--signal", int(signal.SIGTERM))
+    path = tmp_path / "cut" / "last.ckpt"
+    assert left.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in left.stderr
+    assert f"visadapt: stopped by SIGTERM at step 5; resume with --ckpt_path {path}" in left.stderr
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "cut", resume=path)
+    assert len(resumed.losses) == 18 - 5
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_sigkill_on_two_processes(tmp_path, workers, ema):
+    options = ["--devices", 2, "--workers", workers, *([] if ema is None else ["--ema", ema])]
+    whole = run(tmp_path / "whole", *options, "--save", tmp_path / "whole.pt")
+    assert whole.returncode == 0, whole.stderr
+    assert run(tmp_path / "cut", *options, "--kill-at", 3).returncode != 0
+    again = run(tmp_path / "cut", *options, "--resume", tmp_path / "cut" / "last.ckpt", "--save", tmp_path / "cut.pt")
+    assert again.returncode == 0, again.stderr
+    assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_on_either_of_two_processes(tmp_path, rank):
+    options = ["--devices", 2]
+    left = run(tmp_path / "cut", *options, "--kill-at", 3, "--signal", int(signal.SIGTERM), "--rank", rank)
+    path = tmp_path / "cut" / "last.ckpt"
+    assert left.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), left.stderr
+    assert f"resume with --ckpt_path {path}" in left.stderr
+    assert "Traceback" not in left.stderr
+    whole = run(tmp_path / "whole", *options, "--save", tmp_path / "whole.pt")
+    again = run(tmp_path / "cut", *options, "--resume", path, "--save", tmp_path / "cut.pt")
+    assert whole.returncode == again.returncode == 0, again.stderr
+    assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt"))
