@@ -63,17 +63,13 @@ def frozen(row: Row, setting: Setting) -> Result:
     return Result(row.name, None, 0, [target], accuracy(task.model, module.source_dataloader()))
 
 
-def measure(
-    chosen: Sequence[Row], setting: Setting, rates: Sequence[float], seeds: int, jobs: int
-) -> list[Result]:
+def measure(chosen: Sequence[Row], setting: Setting, rates: Sequence[float], seeds: int, jobs: int) -> list[Result]:
     """Search a learning rate per row, then train every row for every seed."""
     trained = [row for row in chosen if row.name != "frozen base"]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         search = [Job(row, setting, lr, 0, True) for row in trained for lr in rates]
         tried = dict(zip([(job.row.name, job.lr) for job in search], pool.map(run, search), strict=True))
-        best = {
-            row.name: max(rates, key=lambda lr, name=row.name: tried[name, lr]["accuracy"]) for row in trained
-        }
+        best = {row.name: max(rates, key=lambda lr, name=row.name: tried[name, lr]["accuracy"]) for row in trained}
         final = [Job(row, setting, best[row.name], seed, False) for row in trained for seed in range(seeds)]
         found = list(zip(final, pool.map(run, final), strict=True))
     results = [frozen(row, setting) for row in chosen if row.name == "frozen base"]
@@ -115,9 +111,7 @@ def write_csv(path: Path, results: Sequence[Result], about: Sequence[str]) -> No
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["row", "seed", "accuracy", "source_off", "parameters", "lr", "seconds", "command", "commit"]
-        )
+        writer.writerow(["row", "seed", "accuracy", "source_off", "parameters", "lr", "seconds", "command", "commit"])
         for result in results:
             for seed, share in enumerate(result.accuracy):
                 seconds = result.seconds[seed] if result.seconds else ""
@@ -137,9 +131,7 @@ _Plain = argparse.RawDescriptionHelpFormatter
 
 def main(arguments: Sequence[str] | None = None) -> list[Result]:
     """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=["digits"], default="digits")
     parser.add_argument("--methods", help="rows to run, by name, separated by commas; default all")
     parser.add_argument("--domain", default=Setting.domain)
@@ -158,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         names = names or [row.name for row in chosen[:5]]
         rates, seeds, setting = LEARNING_RATES[2:3], 2, Setting(domain=options.domain, steps=60)
     if unknown := set(names or ()) - {row.name for row in chosen}:
-        parser.error(
-            f"--methods: no row {sorted(unknown)}; there are {', '.join(row.name for row in chosen)}"
-        )
+        parser.error(f"--methods: no row {sorted(unknown)}; there are {', '.join(row.name for row in chosen)}")
     chosen = [row for row in chosen if names is None or row.name in names]
     results = measure(chosen, setting, rates, seeds, options.jobs)
     about = [
