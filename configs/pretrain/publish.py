@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from visadapt.backbones import TimmViT
 from visadapt.data.digit_domains import DOMAINS
@@ -31,10 +31,11 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def commit() -> str:
-    """The commit of the code, with a mark if files differ from it."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """The commit of the code, with a mark if what makes the checkpoint differs from it."""
+    sources = ["visadapt/backbones/*.py", "visadapt/data", "visadapt/tasks", "visadapt/optim", "configs/pretrain"]
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *sources]).returncode
+    return head.stdout.strip() + ("-dirty" if changed else "")
 
 
 @torch.no_grad()
@@ -49,9 +50,7 @@ def accuracy(backbone: TimmViT, domain: str) -> float:
 
 def main() -> None:
     """Write NAME.safetensors and NAME.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
@@ -60,7 +59,7 @@ def main() -> None:
     init: dict[str, Any] = state["hyper_parameters"]["backbone"]["init_args"]
     tensors = {k.removeprefix("model."): v.half().contiguous() for k, v in state["state_dict"].items()}
     temporary = options.output.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file's permissions are 0600
     os.replace(temporary, options.output)
     recipe: dict[str, Any] = {
         "architecture": init["name"],

@@ -58,7 +58,6 @@ def test_linear_probe_and_full_fine_tuning_need_no_adapter():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"nothing to train: give model\.adapters"),
         ({"train": "head", "head": "freeze"}, r"model\.train: head contradicts"),
         ({"adapters": [lora()], "head": "freeze", "num_classes": 3}, r"model\.head: freeze, but"),
         ({"num_classes": 1}, r"model\.num_classes: 1"),
@@ -68,6 +67,13 @@ def test_linear_probe_and_full_fine_tuning_need_no_adapter():
 def test_contradictions_have_one_clear_message(arguments, message):
     with pytest.raises(ValueError, match=message):
         shipped(**arguments)
+
+
+def test_nothing_to_train_is_said_before_training_and_is_fine_for_prediction():
+    task, data = Classification(TimmViT("tiny_digits"), 10), Digits(shots=1)
+    quiet_trainer().test(task, data, verbose=False)
+    with pytest.raises(ValueError, match=r"nothing to train: give model\.adapters"):
+        quiet_trainer(max_steps=1).fit(task, data)
 
 
 def test_data_with_other_names_gets_a_new_head():
@@ -201,3 +207,24 @@ def test_the_shipped_base_has_the_accuracy_that_its_recipe_states():
         (found,) = quiet_trainer().test(task, data, verbose=False)
         assert found["test/accuracy"] == pytest.approx(recipe["test_accuracy"][domain], abs=0.004)
     assert recipe["test_accuracy"]["upright"] > 0.93
+
+
+def test_own_images_are_learnt_from_folders(tmp_path):
+    from PIL import Image
+
+    from visadapt.data.image_folder import ImageFolder
+
+    for name, hue in {"night": 40, "day": 200}.items():
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            Image.new("RGB", (40 + i, 50), (hue, hue - i, hue)).save(tmp_path / name / f"{i}.jpg")
+    L.seed_everything(0)
+    task = Classification(
+        TimmViT("tiny_digits"), 2, [lora()], optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2)
+    )
+    data = ImageFolder(str(tmp_path), split=[0.5, 0.0, 0.5], batch_size=12)
+    trainer = quiet_trainer(max_epochs=8)
+    trainer.fit(task, data)
+    (found,) = trainer.test(task, data, verbose=False)
+    assert found["test/accuracy"] == 1.0
+    assert torch.cat(trainer.predict(task, data)).shape == (12, 2)

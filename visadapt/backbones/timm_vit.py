@@ -97,14 +97,16 @@ class TimmViT(Backbone):
         from timm.data import create_transform, resolve_data_config
         from torchvision.transforms import Compose
 
-        given = self._resolve()[2].get("transforms", {}) | self.transforms
+        name, options, about = self._resolve()
+        given = about.get("transforms", {}) | self.transforms
         known = inspect.signature(create_transform).parameters
         for key in given:
             if key not in known:
                 raise ValueError(f"backbone transforms: timm has no '{key}'{_near(key, list(known))}")
-        side = self.img_size or self.options.get("img_size")
-        size = {"input_size": (self.in_chans, side, side)} if side else {"in_chans": self.in_chans}
-        config = resolve_data_config(size | given, pretrained_cfg=self._pretrained_cfg())
+        side = options.get("img_size")
+        sides = tuple(side) if isinstance(side, list | tuple) else (side, side)
+        size = {"input_size": (self.in_chans, *sides)} if side else {"in_chans": self.in_chans}
+        config = resolve_data_config(size | given, pretrained_cfg=self._pretrained_cfg(name))
         for key in ("mean", "std"):
             if len(config[key]) != self.in_chans:
                 config[key] = (sum(config[key]) / len(config[key]),) * self.in_chans
@@ -135,10 +137,10 @@ class TimmViT(Backbone):
             return _SHIPPED / f"{self.name}.safetensors"
         return None
 
-    def _pretrained_cfg(self) -> dict[str, Any]:
+    @staticmethod
+    def _pretrained_cfg(name: str) -> dict[str, Any]:
         import timm
 
-        name = self._resolve()[0]
         if ":" in name:  # the configuration lives beside the weights
             return timm.create_model(name, pretrained=False).pretrained_cfg
         return timm.get_pretrained_cfg(name).to_dict()

@@ -17,6 +17,7 @@ from visadapt.optim.schedule import Schedule
 from visadapt.tasks.base import DEFAULT_SCHEDULE, BaseTask, Stage
 
 if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
     from torchmetrics import MetricCollection
 
 _PER_CLASS_AT_MOST = 100  # more columns than this help nobody in a table of metrics
@@ -92,7 +93,7 @@ class Classification(BaseTask):
         """Let the head or everything train, as ``train`` and ``head`` say.
 
         Raises:
-            ValueError: Nothing would train, or a new head would stay frozen.
+            ValueError: A new head would stay frozen.
         """
         if self.what == "all":
             model.requires_grad_(True)
@@ -103,11 +104,19 @@ class Classification(BaseTask):
             )
         wanted = self.what != "adapters" or self.backbone.new_head
         head.requires_grad_(wanted if self.head == "auto" else self.head == "train")
-        if not any(p.requires_grad for p in model.parameters()):
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """As every task.
+
+        Raises:
+            ValueError: Nothing would train. (To predict with an adapter from a file is fine without any.)
+        """
+        if not any(p.requires_grad for p in self.parameters()):
             raise ValueError(
                 "nothing to train: give model.adapters, or set model.train to head (linear probe) or to all "
                 "(full fine-tuning)"
             )
+        return super().configure_optimizers()
 
     def configure_model(self) -> None:
         """As every task, then compile; keeps a confusion matrix for the test."""
