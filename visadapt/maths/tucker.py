@@ -21,7 +21,8 @@ def tucker(core: Tensor, *matrices: Tensor | None) -> Tensor:
     """
     if len(matrices) != core.dim():
         raise ValueError(f"a core with {core.dim()} modes needs {core.dim()} matrices, got {len(matrices)}")
-    for mode in reversed(range(core.dim())):
-        matrix = matrices[mode]
-        core = core if matrix is None else mode_product(core, matrix, mode)
-    return core
+    with torch.autocast(core.device.type, enabled=False):  # small, and rounded once by whoever uses it
+        for mode in reversed(range(core.dim())):
+            matrix = matrices[mode]
+            core = core if matrix is None else mode_product(core, matrix, mode)
+        return core

@@ -24,7 +24,8 @@ class SALT(Delta):
     Koleilat et al. 2025, arXiv 2503.16055, code: github.com/BioMedIA-MBZUAI/SALT (7314877).
 
     Differs from the code: it applies the relu to every entry of the core (`relu="full"`), which drops
-    the negative entries of X Y and gives Y no gradient off the diagonal at the start; here the relu keeps
+    the negative entries of X Y and gives Y no gradient off the diagonal at the start, so that first
+    steps need not lower the loss; here the relu keeps
     singular values from turning negative, and no more. Its SAM 1 layers draw X and Y from
     0.01 · N(0, 1), which is not the identity at start; its SAM 2 layers start as here.
 
@@ -69,28 +70,34 @@ class SALT(Delta):
             return "its weight is not finite, so it has no singular values; load the base model first"
         return None
 
+    @property
+    def _basis(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.u, self.sigma, self.vt  # type: ignore[return-value]
+
     def delta(self) -> Tensor:
         """U (Σ' − Σ) Vᵀ, from the top block and the rest apart."""
-        t = len(self.scale)
-        u, sigma, vt = self.u, self.sigma, self.vt  # type: ignore[has-type]
-        gain = F.relu(self.scale * sigma[:t] + self.shift) - sigma[:t]
-        change = (u[:, :t] * gain) @ vt[:t]
-        if t < len(sigma):
-            left, right = u[:, t:] @ self.mix_left, self.mix_right
-            if self.relu == "full":
-                rest = torch.diag(sigma[t:])
-                left, right = u[:, t:] @ (F.relu(rest + self.mix_left @ right) - rest), vt[t:]
-            else:
-                right = right @ vt[t:]
-            change = torch.addmm(change, left, right)
+        (u, sigma, vt), t = self._basis, len(self.scale)
+        with torch.autocast(u.device.type, enabled=False):  # ΔW is rounded once, where it is used
+            gain = F.relu(self.scale * sigma[:t] + self.shift) - sigma[:t]
+            change = (u[:, :t] * gain) @ vt[:t]
+            if t < len(sigma):
+                change = torch.addmm(change, *self._rest(u[:, t:], sigma[t:], vt[t:]))
         return change.view(-1, *self._shape)
+
+    def _rest(self, u: Tensor, sigma: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors of U_rest · change · V_restᵀ."""
+        if self.relu == "diag":
+            return u @ self.mix_left, self.mix_right @ vt
+        rest = torch.diag(sigma)
+        return u @ (F.relu(rest + self.mix_left @ self.mix_right) - rest), vt
 
     def penalty(self) -> Tensor | None:
         """The term regularizer · (‖(α − 1) ⊙ σ_top + β‖ + ‖X Y‖), zero at start."""
         if self.regularizer == 0:
             return None
-        sigma = self.sigma[: len(self.scale)]
-        term = (self.scale * sigma + self.shift - sigma).norm()
-        if len(self.sigma) > len(sigma):
+        _, sigma, _ = self._basis
+        top = sigma[: len(self.scale)]
+        term = (self.scale * top + self.shift - top).norm()
+        if len(top) < len(sigma):
             term = term + (self.mix_left @ self.mix_right).norm()
         return self.regularizer * term
