@@ -117,9 +117,9 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> Saved:
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Held:
-        kept = _Held(tensor)
+        kept = _Held(tensor.detach())  # a saved output would otherwise hold its own node: a cycle, never freed
         held.add(kept)
-        seen.append(tensor.detach())
+        seen.append(kept.tensor)
         return kept
 
     def total(tensors: Iterable[Tensor]) -> int:

@@ -149,7 +149,7 @@ def verdict(control: Ratio, others: Sequence[Ratio]) -> str:
     reasons = []
     if abs(control.median - 1) > AA_GATE:
         reasons.append(f"A/A {control.median:.3f} is outside 1 ± {AA_GATE}")
-    widest = max((ratio.iqr for ratio in [control, *others]), default=0.0)
-    if not widest <= IQR_GATE:  # also true for nan: one round cannot show a spread
-        reasons.append(f"widest IQR {widest:.1%} is over {IQR_GATE:.0%}")
+    wide = [ratio.iqr for ratio in (control, *others) if not ratio.iqr <= IQR_GATE]  # nan is no spread at all
+    if wide:
+        reasons.append(f"{len(wide)} of {len(others) + 1} IQRs, up to {max(wide):.1%}, are over {IQR_GATE:.0%}")
     return "quiet" if not reasons else "noisy: " + ", ".join(reasons)

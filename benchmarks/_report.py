@@ -76,8 +76,10 @@ def _parse(text: str, hint: Any) -> Any:
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table without the columns that are empty throughout."""
+    kept = [k for k in range(len(header)) if not lines or any(line[k] for line in lines)]
     rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines)) + "\n"
+    return "\n".join("| " + " | ".join(cells[k] for k in kept) + " |" for cells in (header, rule, *lines)) + "\n"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
