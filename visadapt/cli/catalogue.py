@@ -108,16 +108,8 @@ def show() -> None:
     table.add_column("arXiv", no_wrap=True)
     for e in found:
         missing = [name for name in every if name not in e.layers]
-        layers = (
-            "all"
-            if not missing
-            else "all but " + ", ".join(missing)
-            if len(missing) < 4
-            else ", ".join(e.layers)
-        )
+        layers = "all" if not missing else "all but " + ", ".join(missing) if len(missing) < 4 else ", ".join(e.layers)
         table.add_row(e.name, escape(e.equation), layers, "yes" if e.merges else "no", e.export, e.source)
     console = Console()
     console.print(table)
-    console.print(
-        f"layers: {', '.join(every)}. Options of a method: visadapt fit --model.help Classification"
-    )
+    console.print(f"layers: {', '.join(every)}. Options of a method: visadapt fit --model.help Classification")

@@ -43,16 +43,12 @@ def show(cells: Sequence[Any], verbose: bool) -> None:
     found = {(cell.method, cell.layer, cell.prop): cell for cell in cells}
     rows = list(dict.fromkeys((cell.method, cell.layer) for cell in cells))
     for i, (method, layer) in enumerate(rows):
-        marks = [
-            MARKS[found[method, layer, p].status] if (method, layer, p) in found else "" for p in properties
-        ]
+        marks = [MARKS[found[method, layer, p].status] if (method, layer, p) in found else "" for p in properties]
         last = i + 1 == len(rows) or rows[i + 1][0] != method
         table.add_row(method if i == 0 or rows[i - 1][0] != method else "", layer, *marks, end_section=last)
     console.print(table)
     for cell in cells:
         if cell.status == "fail" or (verbose and cell.status == "refuse"):
-            console.print(
-                f"{cell.status}: {cell.method} on {cell.layer}, {cell.prop}: {cell.message}", markup=False
-            )
+            console.print(f"{cell.status}: {cell.method} on {cell.layer}, {cell.prop}: {cell.message}", markup=False)
     total = {status: sum(cell.status == status for cell in cells) for status in MARKS}
     console.print(f"{total['pass']} hold, {total['refuse']} refused, {total['fail']} fail")

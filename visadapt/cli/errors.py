@@ -126,9 +126,7 @@ def explain(message: str, known: dict[str, list[str]]) -> UserError:
     if match := re.search(r"(?:does not accept option|unrecognized arguments:) '?-*([\w.]+)", message):
         key = match[1]
         parent = key.rpartition(".")[0]
-        return UserError(
-            key, "there is no such key", close(key, known["options"]) or _beside(parent, known["options"])
-        )
+        return UserError(key, "there is no such key", close(key, known["options"]) or _beside(parent, known["options"]))
     if match := re.search(r"^the following arguments are required: (.+)", message):
         keys = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1]).split(", ")
         are = "this is" if len(keys) == 1 else "these are"
@@ -153,9 +151,7 @@ def _leaf_error(
         return _unknown_option(where, match[1].split(".")[0], class_path, text)
     if match := re.search(r"following arguments are required: (.+)", text):
         key = f"{where}.{match[1]}"
-        return UserError(
-            key, f"{owner} requires it and it is missing", f"give it in the file or as --{key} …"
-        )
+        return UserError(key, f"{owner} requires it and it is missing", f"give it in the file or as --{key} …")
     if match := re.search(MISSING_FILE, everything):
         return UserError(where, f"there is no file '{match[1]}'", nearby(match[1]))
     if match := re.search(r"No module named '([^']+)'", everything):
@@ -175,17 +171,13 @@ def _unknown_option(where: str, option: str, class_path: str, text: str) -> User
     owner = inner[1] if inner else class_path
     options = options_of(owner)
     hint = one_of(option, options) if options else "say which class: class_path: …"
-    return UserError(
-        f"{where}.{option}", f"{owner.rpartition('.')[2] or 'this'} has no option '{option}'", hint
-    )
+    return UserError(f"{where}.{option}", f"{owner.rpartition('.')[2] or 'this'} has no option '{option}'", hint)
 
 
 def _wrong_value(where: str, text: str, everything: str, value: str) -> UserError:
     """A value of the wrong type, or none of those that are allowed."""
     got = f", got {value!r}" if value else ""
-    choices = [
-        c for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", everything) for c in _words(group)
-    ]
+    choices = [c for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", everything) for c in _words(group)]
     if choices:
         hint = close(value, choices) if value else ""
         return UserError(where, f"expected one of {', '.join(choices)}{got}", hint)

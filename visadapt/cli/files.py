@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from visadapt.backbones.base import Backbone
 
 
-def merge_file(
-    adapter: Path, output: Path, config: str | None, backbone: str | None, checkpoint: str | None
-) -> None:
+def merge_file(adapter: Path, output: Path, config: str | None, backbone: str | None, checkpoint: str | None) -> None:
     """Write the state dict of the base with the adapter folded in, after comparing outputs."""
     import torch
     from safetensors.torch import save_file
@@ -58,9 +56,7 @@ def export_file(
     print(f'load it: peft.PeftModel.from_pretrained(model, "{output}")')
 
 
-def import_file(
-    adapter: Path, output: Path, config: str | None, backbone: str | None, checkpoint: str | None
-) -> None:
+def import_file(adapter: Path, output: Path, config: str | None, backbone: str | None, checkpoint: str | None) -> None:
     """Read a PEFT folder onto its base and save it as an adapter file."""
     import visadapt as va
 

@@ -75,6 +75,13 @@ class SaveConfig(SaveConfigCallback):
                 config[key] = None
         super().__init__(parser, config, **kwargs)
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Not yet: the model may still turn out to be impossible, and then no folder should be left behind."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save, on all ranks together."""
+        super().setup(trainer, pl_module, "fit")
+
 
 class Bar(RichProgressBar):
     """The progress bar without Lightning's version number: the run directory says which run it is."""
@@ -86,6 +93,8 @@ class Bar(RichProgressBar):
 
 class CLI(LightningCLI):
     """LightningCLI with a run directory, adapter files, pictures to predict, and default callbacks."""
+
+    run_dir_now: Path | None = None  # of the latest instance: one that fails in its constructor is never returned
 
     def __init__(self) -> None:
         from visadapt.data.base import BaseData
@@ -120,14 +129,10 @@ class CLI(LightningCLI):
         )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
-    def _prepare_subcommand_parser(
-        self, klass: type, subcommand: str, **kwargs: Any
-    ) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":
-            parser.add_argument(
-                "--adapter", type=str | None, help="Adapter file to use instead of a checkpoint."
-            )
+            parser.add_argument("--adapter", type=str | None, help="Adapter file to use instead of a checkpoint.")
         if subcommand == "predict":
             parser.add_argument(
                 "--images",
@@ -154,9 +159,8 @@ class CLI(LightningCLI):
         made_by_run = config.get("adapter") or config.get("ckpt_path")
         chosen = config.get("run_dir")
         name = config["model"]["class_path"].rpartition(".")[2].lower()
-        self.run_dir = (
-            Path(chosen) if chosen else rundir.new_run_dir(self.subcommand, files, made_by_run, name)
-        )
+        self.run_dir = Path(chosen) if chosen else rundir.new_run_dir(self.subcommand, files, made_by_run, name)
+        CLI.run_dir_now = self.run_dir
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run has its configuration already
         if config.get("images") is not None:
@@ -227,9 +231,7 @@ def check_checkpoint(path: str) -> None:
         reason = " ".join(str(error).split())[:120]
         raise UserError("--ckpt_path", f"'{path}' cannot be read", reason) from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(
-            "--ckpt_path", f"'{path}' holds no training state", "an adapter file goes to --adapter"
-        )
+        raise UserError("--ckpt_path", f"'{path}' holds no training state", "an adapter file goes to --adapter")
 
 
 def quiet() -> None:
@@ -279,5 +281,7 @@ def run() -> int:
         if debug or ours is None:
             raise
         told(ours, lambda quoted: yaml_files.where(quoted, sys.argv)).show(command)
+        if CLI.run_dir_now is not None:
+            rundir.discard(CLI.run_dir_now)
         return 2
     return 0

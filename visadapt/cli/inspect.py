@@ -138,9 +138,7 @@ def _peft_folder(folder: Path) -> Description:
     shown = "base_model_name_or_path r lora_alpha alpha target_modules use_dora use_rslora rank_pattern "
     shown += "alpha_pattern modules_to_save"
     facts = [("method", str(values.get("peft_type", "unknown")))]
-    facts += [
-        (key, _value(values[key])) for key in shown.split() if values.get(key) not in (None, {}, [], "")
-    ]
+    facts += [(key, _value(values[key])) for key in shown.split() if values.get(key) not in (None, {}, [], "")]
     tensors = read_header(weights)[1] if weights.is_file() else []
     if not tensors:
         facts.append(("weights", "adapter_model.safetensors is missing"))
@@ -155,9 +153,7 @@ def _checkpoint(path: Path) -> Description:
         content = torch.load(path, weights_only=True, map_location="meta", mmap=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:100]
-        raise UserError(
-            str(path), "not a file that can be read without running code in it", reason
-        ) from error
+        raise UserError(str(path), "not a file that can be read without running code in it", reason) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = [
         Tensor(k, tuple(v.shape), str(v.dtype).removeprefix("torch."))
@@ -182,9 +178,7 @@ def _method(names: list[str]) -> str:
 
 
 def _ranks(tensors: list[Tensor]) -> str:
-    ranks = sorted(
-        {t.shape[0] for t in tensors if re.search(r"lora_A|lora_down|lora\.down", t.name) and t.shape}
-    )
+    ranks = sorted({t.shape[0] for t in tensors if re.search(r"lora_A|lora_down|lora\.down", t.name) and t.shape})
     return ", ".join(map(str, ranks)) or "unknown"
 
 
@@ -250,7 +244,5 @@ def _norms(weights: Path) -> Any:
         for name in file.keys():
             tensor = file.get_tensor(name).float()
             largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-            table.add_row(
-                name, "×".join(map(str, tensor.shape)), f"{float(tensor.norm()):.4g}", f"{largest:.3g}"
-            )
+            table.add_row(name, "×".join(map(str, tensor.shape)), f"{float(tensor.norm()):.4g}", f"{largest:.3g}")
     return table

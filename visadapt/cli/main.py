@@ -108,9 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         close = get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean: {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
-        print(
-            f"visadapt: there is no command {command!r}\n  {hint}\n  more: visadapt --help", file=sys.stderr
-        )
+        print(f"visadapt: there is no command {command!r}\n  {hint}\n  more: visadapt --help", file=sys.stderr)
         return 2
     if command == "completion":
         from visadapt.cli.completion import run

@@ -25,9 +25,7 @@ class Pictures(BaseData):
         num_workers: Processes that load data ahead.
     """
 
-    def __init__(
-        self, images: list[str], class_names: list[str], batch_size: int = 32, num_workers: int = 0
-    ) -> None:
+    def __init__(self, images: list[str], class_names: list[str], batch_size: int = 32, num_workers: int = 0) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         self.class_names = class_names
         self.images = images

@@ -36,6 +36,19 @@ def new_run_dir(command: str, config: str | None, made_by_run: str | None, fallb
     return path
 
 
+def discard(run_dir: Path) -> None:
+    """Remove the folder of a run that failed before it began: it holds nothing but TensorBoard's empty file."""
+    files = [path for path in run_dir.rglob("*") if path.is_file()] if run_dir.is_dir() else []
+    if not files or any("tfevents" not in path.name for path in files):
+        return
+    for path in files:
+        path.unlink()
+    for folder in (run_dir, run_dir.parent, run_dir.parent.parent):
+        if next(folder.iterdir(), None) is not None:
+            break
+        folder.rmdir()
+
+
 def loggers(run_dir: Path, command: str) -> list[Any] | bool:
     """Loggers that write into ``run_dir``: CSV, TensorBoard too for ``fit``, none for ``predict``."""
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger

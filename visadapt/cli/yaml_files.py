@@ -30,10 +30,10 @@ def check(file: str) -> None:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line if mark else 0
         lines = text.splitlines()
-        source = lines[line].strip() if line < len(lines) else "end of the file"
+        marks = [mark.line for mark in (error.problem_mark, error.context_mark) if mark is not None]
+        line = next((n for n in marks if n < len(lines)), len(lines) - 1)  # an open bracket shows at the end only
+        source = lines[line].strip()
         raise UserError(
             f"{file}:{line + 1}", f"YAML syntax: {error.problem or 'unreadable'}", f"near: {source}"
         ) from None

@@ -39,9 +39,7 @@ def card(facts: RunFacts, pictures: Iterable[str], peft: bool) -> str:
         "library_name: visadapt",
         f"base_model: {facts.base}",
         "pipeline_tag: image-classification",
-        f"tags: [visadapt, {', '.join(dict.fromkeys(s.method.lower() for s in facts.sets))}]".replace(
-            ", ]", "]"
-        ),
+        f"tags: [visadapt, {', '.join(dict.fromkeys(s.method.lower() for s in facts.sets))}]".replace(", ]", "]"),
         "---",
         f"# {facts.name}",
         "",

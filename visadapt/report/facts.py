@@ -102,9 +102,7 @@ def versions() -> dict[str, str]:
 
 def patterns(layers: list[str]) -> str:
     """Layer names with their numbers folded: ``blocks.*.attn.qkv`` for all blocks of a model."""
-    folded = dict.fromkeys(
-        ".".join("*" if part.isdigit() else part for part in layer.split(".")) for layer in layers
-    )
+    folded = dict.fromkeys(".".join("*" if part.isdigit() else part for part in layer.split(".")) for layer in layers)
     return ", ".join(folded)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GOOD, BAD, INK = "#1a7f37", "#b3261e", "#24292f"
+INK = "#24292f"
 
 
 def figure(width: float, height: float) -> Figure:
@@ -32,16 +32,6 @@ def save(fig: Figure, path: str | Path, dpi: int = 130) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
-
-
-def pixels(fig: Figure, dpi: int = 80) -> np.ndarray:
-    """The figure as an array (height, width, 3) of bytes, for TensorBoard."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    fig.set_dpi(dpi)
-    canvas = FigureCanvasAgg(fig)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def learning_curves(history: Sequence[dict[str, float]], baselines: dict[str, float] | None = None) -> Figure:
@@ -66,9 +56,7 @@ def learning_curves(history: Sequence[dict[str, float]], baselines: dict[str, fl
             marker = "o" if len(points) <= 30 else None
             axes.plot(epochs, values, label=name.split("/")[0], marker=marker, markersize=3, linewidth=1.8)
         if baselines and kind in baselines:
-            axes.axhline(
-                baselines[kind], color="0.45", linestyle="--", linewidth=1.2, label="before, held out"
-            )
+            axes.axhline(baselines[kind], color="0.45", linestyle="--", linewidth=1.2, label="before, held out")
         if "accuracy" in kind:
             axes.set_ylim(0, 1.02)  # else a change of one image fills the panel
         _style(axes, kind)
@@ -112,66 +100,6 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     if classes <= 20:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if share[row, column] > 0.55 else INK
-            axes.text(
-                column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8
-            )
+            axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
     fig.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return fig
-
-
-def prediction_grid(
-    images: Sequence[np.ndarray],
-    truth: Sequence[str],
-    after: Sequence[str],
-    before: Sequence[str] | None = None,
-    columns: int = 8,
-) -> Figure:
-    """Images with the true class and what was predicted, before → after; green is right, red is wrong.
-
-    Args:
-        images: Arrays (height, width, 3) of bytes.
-        truth: Name of the true class of each image.
-        after: Prediction of each image.
-        before: Prediction before adaptation, if known.
-        columns: Images per row.
-    """
-    columns = min(columns, max(1, len(images)))
-    rows = math.ceil(len(images) / columns)
-    fig = figure(1.55 * columns, 1.95 * rows + 0.45)
-    for i, image in enumerate(images):
-        axes = fig.add_subplot(rows, columns, i + 1)
-        _picture(axes, image)
-        right = after[i] == truth[i]
-        was = f"{_short(before[i])} → " if before is not None else ""
-        axes.set_title(f"{was}{_short(after[i])}", color=GOOD if right else BAD, fontsize=10, pad=3)
-        axes.set_xlabel(f"true {_short(truth[i])}", fontsize=8, color=INK, labelpad=2)
-        for spine in axes.spines.values():
-            spine.set(edgecolor=GOOD if right else BAD, linewidth=2)
-    what = "prediction before → after adaptation" if before is not None else "prediction"
-    fig.suptitle(f"{what}  (green: right now, red: wrong)", fontsize=11, color=INK)
-    return fig
-
-
-def contact_sheet(
-    images: Sequence[np.ndarray], captions: Sequence[str], title: str, columns: int = 8
-) -> Figure:
-    """Images under captions of one or two lines."""
-    columns = min(columns, max(1, len(images)))
-    rows = max(1, math.ceil(len(images) / columns))
-    fig = figure(max(1.7 * columns, 4.0), 2.1 * rows + 0.45)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        axes = fig.add_subplot(rows, columns, i + 1)
-        _picture(axes, image)
-        axes.set_title(caption, fontsize=8.5, color=INK, pad=3)
-    fig.suptitle(title, fontsize=11, color=INK)
-    return fig
-
-
-def _picture(axes: Any, image: np.ndarray) -> None:
-    axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 96 else "antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _short(name: str, limit: int = 12) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from visadapt.report import evaluate, plots
+from visadapt.report import evaluate, tiles
 from visadapt.report.facts import write_text
 from visadapt.report.results import gathered
 
@@ -56,9 +56,7 @@ class PredictionReport(Callback):
         best = outputs.float().softmax(1).topk(min(TOP, outputs.shape[1]))
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         start = len(self._rows)
-        indices = (
-            self._order[batch_idx] if batch_idx < len(self._order) else range(start, start + len(outputs))
-        )
+        indices = self._order[batch_idx] if batch_idx < len(self._order) else range(start, start + len(outputs))
         for index, (shares, classes) in zip(indices, rows, strict=True):
             self._rows[index] = list(zip(shares, classes, strict=True))
 
@@ -77,9 +75,7 @@ class PredictionReport(Callback):
         self._sheet(data, dataset, rows, files, names, len(bad))
         for message in bad:
             print(f"skipped: {message}")
-        print(
-            f"{len(rows)} images, {len(bad)} skipped: {self.run_dir / 'predictions.csv'}, contact_sheet.png"
-        )
+        print(f"{len(rows)} images, {len(bad)} skipped: {self.run_dir / 'predictions.csv'}, contact_sheet.png")
 
     def _sheet(
         self,
@@ -93,14 +89,14 @@ class PredictionReport(Callback):
         norm = evaluate.normalisation(data.preprocess(train=False))
         chosen = sorted(rows)[: self.images]
         pictures = [evaluate.displayable(dataset[i][0], norm) for i in chosen]
-        captions = []
-        for i in chosen:
+        shown = []
+        for i, picture in zip(chosen, pictures, strict=True):
             share, label = rows[i][0]
-            head = _middle(Path(files[i]).name) if files else str(i)
-            captions.append(f"{head}\n{_name(names, label)}  {share:.0%}")
+            name = Path(files[i]).name if files else f"number {i}"
+            shown.append(tiles.Tile(picture, f"{_name(names, label)}  {share:.0%}", name))
         more = f" (first {len(chosen)})" if len(chosen) < len(rows) else ""
-        title = f"{len(rows)} images{more}" + (f", {bad} unreadable" if bad else "")
-        plots.save(plots.contact_sheet(pictures, captions, title), self.run_dir / "contact_sheet.png")
+        heading = f"{len(rows)} images{more}" + (f", {bad} unreadable" if bad else "")
+        tiles.save(tiles.sheet(shown, heading), self.run_dir / "contact_sheet.png")
 
 
 def table(rows: dict[int, list[tuple[float, int]]], files: list[str], names: list[str] | None) -> str:
@@ -124,7 +120,3 @@ def table(rows: dict[int, list[tuple[float, int]]], files: list[str], names: lis
 
 def _name(names: list[str] | None, label: int) -> str:
     return names[label] if names and label < len(names) else str(label)
-
-
-def _middle(name: str, limit: int = 18) -> str:
-    return name if len(name) <= limit else f"{name[:9]}…{name[-8:]}"

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from visadapt.report import evaluate, plots, results
+from visadapt.report import evaluate, plots, results, tiles
 from visadapt.report.card import PICTURES, card
 from visadapt.report.facts import RunFacts, adapter_sets, versions, write_text
 from visadapt.report.table import print_summary
@@ -36,9 +36,7 @@ class RunReport(Callback):
         tensorboard_images: How often in a run the picture goes to TensorBoard.
     """
 
-    def __init__(
-        self, run_dir: str, images: int = 24, samples: int = 2000, tensorboard_images: int = 4
-    ) -> None:
+    def __init__(self, run_dir: str, images: int = 24, samples: int = 2000, tensorboard_images: int = 4) -> None:
         self.run_dir, self.images, self.samples = Path(run_dir), images, samples
         self.tensorboard_images = tensorboard_images
         self.history: list[dict[str, float]] = []
@@ -76,9 +74,7 @@ class RunReport(Callback):
         """Start the clock of a step."""
         self._step_started = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
         """Stop the clock of a step (data loading is not in it); add its loss to the epoch's mean."""
         self._steps.append(time.perf_counter() - self._step_started)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
@@ -96,10 +92,7 @@ class RunReport(Callback):
         self.history.append({"epoch": epoch, **values})
         every = max(1, (trainer.max_epochs or 1) // self.tensorboard_images)
         if self._reports(trainer) and (trainer.current_epoch + 1) % every == 0:
-            _, found = self._predict(trainer, pl_module)
-            if len(found):
-                figure = self._picture(trainer, pl_module, found)
-                results.to_tensorboard(trainer, "predictions", plots.pixels(figure))
+            self._to_tensorboard(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write everything; a run that stopped on an error leaves only its checkpoints and metrics."""
@@ -205,21 +198,28 @@ class RunReport(Callback):
             return
         matrix = evaluate.counts(labels, found, len(facts.class_names))
         plots.save(plots.confusion_matrix(matrix, facts.class_names), self.run_dir / "confusion_matrix.png")
-        figure = self._picture(trainer, pl_module, found)
-        plots.save(figure, self.run_dir / "predictions.png")
-        results.to_tensorboard(trainer, "predictions", plots.pixels(figure))
-
-    def _picture(self, trainer: L.Trainer, pl_module: L.LightningModule, found: np.ndarray) -> Any:
-        """The grid of some held-out images with truth and predictions before and after."""
-        names = list(trainer.datamodule.class_names)
-        transform = trainer.datamodule.preprocess(train=False)
-        norm = evaluate.normalisation(transform)
         chosen = evaluate.spread(len(found), self.images)
+        picture = self._picture(trainer, chosen, found[chosen])
+        tiles.save(picture, self.run_dir / "predictions.png")
+        results.to_tensorboard(trainer, "predictions", np.asarray(picture))
+
+    def _to_tensorboard(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The picture of predictions as they are now."""
+        if self._samples is None:
+            return
+        chosen = evaluate.spread(len(self._samples), self.images)
+        _, found = results.predict(trainer, pl_module, torch.utils.data.Subset(self._samples, chosen))
+        results.to_tensorboard(trainer, "predictions", np.asarray(self._picture(trainer, chosen, found)))
+
+    def _picture(self, trainer: L.Trainer, chosen: list[int], found: np.ndarray) -> Any:
+        """The grid of the ``chosen`` held-out samples: truth, prediction before, and ``found``, that of now."""
+        names = list(trainer.datamodule.class_names)
+        norm = evaluate.normalisation(trainer.datamodule.preprocess(train=False))
         pairs = [self._samples[i] for i in chosen]
         before = self.before.get("found", ())
-        return plots.prediction_grid(
+        return tiles.prediction_grid(
             [evaluate.displayable(image, norm) for image, _ in pairs],
             [names[int(label)] for _, label in pairs],
-            [names[found[i]] for i in chosen],
-            [names[before[i]] for i in chosen] if len(before) == len(found) else None,
+            [names[i] for i in found],
+            [names[before[i]] for i in chosen] if len(before) == len(self._samples) else None,
         )

@@ -13,9 +13,7 @@ def print_summary(facts: RunFacts, run_dir: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"{facts.name}: {facts.task} on {facts.base}", title_justify="left", show_header=False
-    )
+    table = Table(title=f"{facts.name}: {facts.task} on {facts.base}", title_justify="left", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.figures.items():
@@ -40,6 +38,4 @@ def print_summary(facts: RunFacts, run_dir: Path) -> None:
     table.add_row("all results", f"{readable(run_dir)}/  (open README.md)")
     Console().print(table)
     if facts.adapter_bytes:
-        print(
-            f"try it: visadapt predict --adapter {readable(run_dir / 'adapter.safetensors')} --images FOLDER"
-        )
+        print(f"try it: visadapt predict --adapter {readable(run_dir / 'adapter.safetensors')} --images FOLDER")
