@@ -210,7 +210,7 @@ class LinearUpdate(_Update):
             grad_z = torch.empty_like(z)
             for up, gain, rows, part_z, part_gz in zip(ups, gains, ctx.rows, z.split(sizes, 1), grad_z.split(sizes, 1)):
                 part = g[:, _slice(rows)]
-                grad_up, grad_gain = part_z.t() @ part, None  # (r, rows)
+                grad_up, grad_gain = part_z.t().contiguous() @ part, None  # (r, rows); a thin transposed operand is slow
                 if gain is not None:
                     part_y = y.reshape(g.shape[0], -1)[:, _slice(rows)]
                     grad_gain = _gain_grad(part, part_y, None if bias is None else bias[_slice(rows)], gain, 0)
@@ -218,7 +218,7 @@ class LinearUpdate(_Update):
                 torch.mm(part, up.t(), out=part_gz)
                 grads += [None, grad_up.t(), grad_gain]
             if ctx.train_down:
-                grads[0::3] = (grad_z.t() @ x.reshape(-1, x.shape[-1])).split(sizes)
+                grads[0::3] = (grad_z.t().contiguous() @ x.reshape(-1, x.shape[-1])).split(sizes)
             grad_x = None
             if ctx.needs_input_grad[2]:
                 if ctx.merged:
