@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training import Crash, CrashAt, NoisyData, TinyTask, train, weights
 
-import visadapt as va
+from tests.training import Crash, CrashAt, TinyTask, train, weights
 
 SCRIPT = Path(__file__).with_name("training.py")
 
@@ -92,29 +91,42 @@ def test_sigterm_saves_and_says_where(tmp_path):
     assert same(weights(whole), weights(resumed))
 
 
+@pytest.fixture(scope="module")
+def whole_on_two(tmp_path_factory):
+    """Weights of an uninterrupted run on two processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, "--devices", 2, "--save", folder / "weights.pt")
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "weights.pt")
+
+
+def resume_on_two(folder, *options):
+    done = run(folder, "--devices", 2, *options, "--resume", folder / "last.ckpt", "--save", folder / "weights.pt")
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "weights.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_sigkill_on_two_processes(tmp_path, workers, ema):
-    options = ["--devices", 2, "--workers", workers, *([] if ema is None else ["--ema", ema])]
-    whole = run(tmp_path / "whole", *options, "--save", tmp_path / "whole.pt")
+def test_sigkill_on_two_processes(tmp_path, whole_on_two, workers):
+    killed = run(tmp_path, "--devices", 2, "--workers", workers, "--kill-at", 3)
+    assert killed.returncode != 0
+    assert same(whole_on_two, resume_on_two(tmp_path, "--workers", workers))
+
+
+@pytest.mark.slow
+def test_averages_resume_exactly_on_two_processes(tmp_path):
+    whole = run(tmp_path / "whole", "--devices", 2, "--ema", 0.9, "--save", tmp_path / "whole.pt")
     assert whole.returncode == 0, whole.stderr
-    assert run(tmp_path / "cut", *options, "--kill-at", 3).returncode != 0
-    again = run(tmp_path / "cut", *options, "--resume", tmp_path / "cut" / "last.ckpt", "--save", tmp_path / "cut.pt")
-    assert again.returncode == 0, again.stderr
-    assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt"))
+    run(tmp_path / "cut", "--devices", 2, "--ema", 0.9, "--kill-at", 7)
+    assert same(torch.load(tmp_path / "whole.pt"), resume_on_two(tmp_path / "cut", "--ema", 0.9))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_on_either_of_two_processes(tmp_path, rank):
-    options = ["--devices", 2]
-    left = run(tmp_path / "cut", *options, "--kill-at", 3, "--signal", int(signal.SIGTERM), "--rank", rank)
-    path = tmp_path / "cut" / "last.ckpt"
+def test_sigterm_on_either_of_two_processes(tmp_path, whole_on_two, rank):
+    left = run(tmp_path, "--devices", 2, "--kill-at", 3, "--signal", int(signal.SIGTERM), "--rank", rank)
     assert left.returncode in (128 + signal.SIGTERM, -signal.SIGTERM), left.stderr
-    assert f"resume with --ckpt_path {path}" in left.stderr
+    assert f"resume with --ckpt_path {tmp_path / 'last.ckpt'}" in left.stderr
     assert "Traceback" not in left.stderr
-    whole = run(tmp_path / "whole", *options, "--save", tmp_path / "whole.pt")
-    again = run(tmp_path / "cut", *options, "--resume", path, "--save", tmp_path / "cut.pt")
-    assert whole.returncode == again.returncode == 0, again.stderr
-    assert same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt"))
+    assert same(whole_on_two, resume_on_two(tmp_path))

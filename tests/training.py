@@ -19,7 +19,6 @@ from torchvision.transforms import v2
 import visadapt as va
 from visadapt.callbacks.last_checkpoint import LastCheckpoint
 from visadapt.data.base import BaseData
-from visadapt.optim.schedule import Schedule
 from visadapt.tasks.base import BaseTask
 
 CLASSES = 5

@@ -82,9 +82,7 @@ class AdapterEMA(L.Callback):
                 trained[name].copy_(live)
             self._live = None
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the averages in ``state_dict`` and the live weights beside it, also while they are swapped."""
         if not self._average:
             return
@@ -95,9 +93,7 @@ class AdapterEMA(L.Callback):
         state.update({name: tensor for name, tensor in averages.items() if name in state})
 
     @torch.no_grad()
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """To train on, put the live weights into the model and keep the averages; to evaluate, do nothing."""
         if trainer.state.fn != "fit" or LIVE not in checkpoint:
             return

@@ -33,9 +33,7 @@ class AdapterSteps(L.Callback):
             self._announced = trainer.global_step
             before_step(pl_module, trainer.global_step)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """All gradients are there (averaged over the processes), clipping is still to come."""
         after_backward(pl_module)
 

@@ -46,9 +46,7 @@ class CheckReached(L.Callback):
                 "learning rate, clip gradients (trainer.gradient_clip_val), or look for corrupt samples."
             )
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Check that the first step has a gradient for every adapter tensor.
 
         Raises:
@@ -60,8 +58,7 @@ class CheckReached(L.Callback):
         unreached = [
             path
             for path, adapter in adapters(pl_module).items()
-            if adapter.name not in self.unused
-            and any(p.requires_grad and p.grad is None for p in adapter.parameters())
+            if adapter.name not in self.unused and any(p.requires_grad and p.grad is None for p in adapter.parameters())
         ]
         if unreached:
             layers = [path.partition(".adapters.")[0].removeprefix("model.") for path in unreached]

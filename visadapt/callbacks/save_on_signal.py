@@ -60,9 +60,7 @@ class SaveOnSignal(Checkpoint):
     def _leave_if_asked(self, trainer: L.Trainer) -> None:
         if not self._agreed(trainer):
             return
-        saver = (
-            next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None) or LastCheckpoint()
-        )
+        saver = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None) or LastCheckpoint()
         path = saver.save(trainer)
         trainer.strategy.barrier("saved on SIGTERM")
         if trainer.is_global_zero:
@@ -83,9 +81,7 @@ class SaveOnSignal(Checkpoint):
         """Give the signal back."""
         self._restore()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signal back."""
         self._restore()
 

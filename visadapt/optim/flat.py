@@ -15,14 +15,14 @@ left alone, as torch does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
-from torch._utils import _flatten_dense_tensors
 from torch.distributed.tensor import DTensor
+
+from visadapt.optim.buffer import Buffer, follows, joined
 
 # Exactly these types: a subclass may look at whole tensors (norms, ranks), which a flat buffer would change.
 ELEMENTWISE: frozenset[type] = frozenset(
@@ -33,76 +33,7 @@ ELEMENTWISE: frozenset[type] = frozenset(
 )  # fmt: skip
 LARGE = 1 << 17  # elements: a tensor of this size costs more to copy into the buffer than to launch
 FEW = 4  # not worth a buffer
-FUSED: frozenset[type] = frozenset(
-    {optim.SGD, optim.Adam, optim.AdamW}
-)  # have CPU and CUDA kernels since torch 2.6
-
-
-class Buffer:
-    """Some parameters of one group, and the flat parameter they are views of.
-
-    They are ordered by shape: equal shapes are joined by one ``cat`` of the tensors as they are, four times
-    cheaper than one of 1,200 reshaped ones.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = sorted(parameters, key=lambda p: (p.dim(), *p.shape))
-        self.flat = nn.Parameter(_flatten_dense_tensors([p.detach() for p in self.parameters]))
-        self.grad = torch.zeros_like(self.flat)
-        self.views = self.split(self.flat.detach())
-        self.grad_views = self.split(self.grad)
-        self.skipped: list[int] = []
-        self.runs = list(self._runs())
-        for parameter, view in zip(self.parameters, self.views):
-            parameter.data = view
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of ``flat`` in the shapes of the parameters."""
-        parts = flat.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters)]
-
-    def _runs(self) -> Iterator[tuple[slice, Tensor]]:
-        """Neighbours of equal shape, with their gradients as one stacked view."""
-        start = offset = 0
-        for shape, same in groupby(self.parameters, key=lambda p: p.shape):
-            count = len(list(same))
-            size = count * shape.numel()
-            yield slice(start, start + count), self.grad[offset : offset + size].view(count, *shape)
-            start, offset = start + count, offset + size
-
-    def check(self) -> None:
-        """Refuse to step parameters that were moved or cast away from the buffer (ends are enough: all move).
-
-        Raises:
-            RuntimeError: they were.
-        """
-        for i in (0, -1):
-            if self.parameters[i].data_ptr() != self.views[i].data_ptr():
-                raise RuntimeError(
-                    "the parameters were moved or cast after the optimiser was made: "
-                    "call `model.to(...)` first, then make the optimiser"
-                )
-
-    def gather(self) -> None:
-        """Copy the gradients into the buffer and let the parameters' gradients be views of it."""
-        grads = [p.grad for p in self.parameters]
-        new = [i for i, g in enumerate(grads) if g is not self.grad_views[i]]
-        if not new:
-            return
-        self.skipped = [i for i in new if grads[i] is None]
-        if len(new) == len(grads) and not self.skipped:
-            for run, stacked in self.runs:
-                if stacked.dim() == 1:
-                    torch.stack(grads[run], out=stacked)
-                else:
-                    torch.cat(grads[run], out=stacked.flatten(0, 1))
-        else:
-            for i in new:
-                self.grad_views[i].zero_() if grads[i] is None else self.grad_views[i].copy_(grads[i])
-        for i in new:
-            if grads[i] is not None:
-                self.parameters[i].grad = self.grad_views[i]
-        self.flat.grad = None if len(self.skipped) == len(grads) else self.grad
+FUSED: frozenset[type] = frozenset({optim.SGD, optim.Adam, optim.AdamW})  # have CPU and CUDA kernels since torch 2.6
 
 
 class Flat:
@@ -129,20 +60,28 @@ class Flat:
             with torch.enable_grad():
                 loss = closure()
         sync_gradients(self)  # type: ignore[arg-type]
-        kept = [self._keep(b) for group in self.buffers for b in group if b.skipped]
+        restore = [self._keep(b) for group in self.buffers for b in group if b.skipped]
         super().step()  # type: ignore[misc]
-        for values in kept:
-            for tensor, value in values:
-                tensor.copy_(value)
+        for one in restore:
+            one()
         return loss
 
-    def _keep(self, buffer: Buffer) -> list[tuple[Tensor, Tensor]]:
-        """Slices of the buffer and its state whose parameters have no gradient, with their present values."""
-        buffer.check()
-        long = [buffer.flat.detach()]
-        long += [s for s in self.state.get(buffer.flat, {}).values() if _follows(s, buffer.flat)]  # type: ignore[attr-defined]
-        views = [buffer.split(tensor) for tensor in long]
-        return [(v[i], v[i].clone()) for v in views for i in buffer.skipped]
+    def _keep(self, buffer: Buffer) -> Callable[[], None]:
+        """What puts back the values and the state of the parameters that have no gradient in this step."""
+
+        def slices() -> dict[str, list[Tensor]]:
+            state = self.state.get(buffer.flat, {})  # type: ignore[attr-defined]
+            whole = {"": buffer.flat.detach(), **{k: v for k, v in state.items() if follows(v, buffer.flat)}}
+            return {k: [buffer.split(v)[i] for i in buffer.skipped] for k, v in whole.items()}
+
+        before = {k: [part.clone() for part in parts] for k, parts in slices().items()}
+
+        def restore() -> None:
+            for key, parts in slices().items():
+                for i, part in enumerate(parts):
+                    part.copy_(before[key][i]) if key in before else part.zero_()
+
+        return restore
 
     def state_dict(self) -> dict[str, Any]:
         """Per parameter, as the plain optimiser writes it."""
@@ -164,11 +103,7 @@ class Flat:
             return self.state.get(parameter, {})  # type: ignore[attr-defined]
         one = self.state.get(buffer.flat, {})  # type: ignore[attr-defined]
         return {
-            k: buffer.split(v)[i].clone()
-            if _follows(v, buffer.flat)
-            else v.clone()
-            if isinstance(v, Tensor)
-            else v
+            k: buffer.split(v)[i].clone() if follows(v, buffer.flat) else v.clone() if isinstance(v, Tensor) else v
             for k, v in one.items()
         }
 
@@ -194,7 +129,7 @@ class Flat:
             groups.append({**saved, "params": numbers})
             held = {id(b.flat): b for b in buffers}
             for index, parameter in zip(numbers, group["params"]):
-                one = _joined(held[id(parameter)], of) if id(parameter) in held else of[id(parameter)]
+                one = joined(held[id(parameter)], of) if id(parameter) in held else of[id(parameter)]
                 if one:
                     state[index] = one
         super().load_state_dict({"state": state, "param_groups": groups})  # type: ignore[misc]
@@ -219,14 +154,9 @@ def flatten(optimizer: optim.Optimizer) -> optim.Optimizer:
     Where neither ``fused`` nor ``foreach`` was chosen, the fused kernel is used as well. Optimisers that are
     not elementwise (Adafactor, Muon, LBFGS) stay as they are; so do sharded tensors (a DTensor's shard cannot
     be a view of a buffer) and tensors of ``LARGE`` or more elements.
-
-    Raises:
-        ValueError: the optimiser has stepped already.
     """
     if type(optimizer) not in ELEMENTWISE:
         return optimizer
-    if optimizer.state:
-        raise ValueError("flatten the optimiser before its first step")
     groups = list(optimizer.param_groups)
     for group in groups:
         _fuse(optimizer, group)
@@ -250,9 +180,7 @@ def sync_gradients(optimizer: optim.Optimizer) -> None:
 def _fuse(optimizer: optim.Optimizer, group: dict[str, Any]) -> None:
     # Set on the group, not in the constructor: that would also take gradient scaling into the kernel, and
     # Lightning then refuses to clip gradients under fp16.
-    undecided = (
-        group.get("fused") is None and group.get("foreach") is None and not group.get("differentiable")
-    )
+    undecided = group.get("fused") is None and group.get("foreach") is None and not group.get("differentiable")
     usable = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
     if type(optimizer) in FUSED and undecided and usable:
         group["fused"] = True
@@ -270,6 +198,10 @@ def _flat_class(base: type) -> type:
 def _flatten_group(optimizer: Any, group: dict[str, Any]) -> None:
     buffers = [Buffer(parameters) for parameters in _gathered(group["params"])]
     inside = {id(p) for b in buffers for p in b.parameters}
+    for buffer in buffers:
+        state = joined(buffer, {id(p): optimizer.state.pop(p, None) for p in buffer.parameters})
+        if state:
+            optimizer.state[buffer.flat] = state
     optimizer.originals.append(list(group["params"]))
     optimizer.buffers.append(buffers)
     group["params"] = [b.flat for b in buffers] + [p for p in group["params"] if id(p) not in inside]
@@ -282,24 +214,3 @@ def _gathered(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         if p.numel() < LARGE and p.is_floating_point() and not isinstance(p.data, DTensor):
             kinds.setdefault((p.device, p.dtype), []).append(p)
     return [same for same in kinds.values() if len(same) >= FEW]
-
-
-def _follows(state: Any, flat: Tensor) -> bool:
-    """Whether a state tensor has one value per element (moments), not one per tensor (step counts)."""
-    return isinstance(state, Tensor) and state.shape == flat.shape
-
-
-def _joined(buffer: Buffer, of: dict[int, dict[str, Any] | None]) -> dict[str, Any] | None:
-    """One state for the buffer from those of its parameters; a parameter that never stepped has zeros."""
-    ones = [of[id(p)] for p in buffer.parameters]
-    first = next((one for one in ones if one), None)
-    if first is None:
-        return None
-    joined: dict[str, Any] = {}
-    for key, value in first.items():
-        if isinstance(value, Tensor) and value.dim():
-            parts = [one[key] if one else torch.zeros_like(p) for one, p in zip(ones, buffer.parameters)]
-            joined[key] = torch.cat([part.reshape(-1).to(value.device) for part in parts])
-        else:
-            joined[key] = value
-    return joined

@@ -27,9 +27,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
-            raise ValueError(
-                f"schedule: 0 ≤ warmup < 1 and 0 ≤ final ≤ 1, not {self.warmup} and {self.final}"
-            )
+            raise ValueError(f"schedule: 0 ≤ warmup < 1 and 0 ≤ final ≤ 1, not {self.warmup} and {self.final}")
         if self.shape not in ("cosine", "linear", "constant"):
             raise ValueError(f"schedule.shape: cosine, linear or constant, not '{self.shape}'")
 
@@ -64,9 +62,7 @@ def total_steps(trainer: L.Trainer) -> int | None:
         if batches is not None:
             limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
         elif not limits:
-            raise ValueError(
-                "the training data has no length: set `trainer.max_steps`, the schedule needs an end"
-            )
+            raise ValueError("the training data has no length: set `trainer.max_steps`, the schedule needs an end")
     return min(limits, default=None)
 
 
