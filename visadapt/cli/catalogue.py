@@ -91,13 +91,31 @@ def entries() -> list[Entry]:
     return [entry(method) for method in va.METHODS.values()]
 
 
-def show() -> None:
-    """Print the catalogue."""
+def layers_text(e: Entry) -> str:
+    """The layer kinds in words."""
+    missing = [name for name in hosts() if name not in e.layers]
+    return "all" if not missing else "all but " + ", ".join(missing) if len(missing) < 4 else ", ".join(e.layers)
+
+
+def print_markdown(found: list[Entry]) -> None:
+    """The catalogue as a Markdown table."""
+    print("| method | equation | layers | merges | PEFT file | arXiv |")
+    print("|---|---|---|---|---|---|")
+    for e in found:
+        link = f"[{e.source}](https://arxiv.org/abs/{e.source})"
+        equation = e.equation.replace("|", "\\|")
+        print(f"| {e.name} | {equation} | {layers_text(e)} | {'yes' if e.merges else 'no'} | {e.export} | {link} |")
+
+
+def show(markdown: bool = False) -> None:
+    """Print the catalogue, as a table for terminals or as Markdown."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     found = entries()
+    if markdown:
+        return print_markdown(found)
     every = tuple(hosts())
     table = Table(title="Methods of visadapt", title_justify="left", show_lines=True)
     table.add_column("method", style="bold")
@@ -107,8 +125,7 @@ def show() -> None:
     table.add_column("PEFT")
     table.add_column("arXiv", no_wrap=True)
     for e in found:
-        missing = [name for name in every if name not in e.layers]
-        layers = "all" if not missing else "all but " + ", ".join(missing) if len(missing) < 4 else ", ".join(e.layers)
+        layers = layers_text(e)
         table.add_row(e.name, escape(e.equation), layers, "yes" if e.merges else "no", e.export, e.source)
     console = Console()
     console.print(table)

@@ -1,54 +1,105 @@
-"""``visadapt check``: the property grid as a table."""
+"""``visadapt check``: the property grid as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from visadapt.cli.errors import UserError, one_of
 
-MARKS = {"pass": "[green]✓[/]", "refuse": "[dim]–[/]", "fail": "[bold red]✗[/]"}
+if TYPE_CHECKING:
+    from visadapt.core.adapter import Adapter
+    from visadapt.core.check import Cell
+
+MARKS = {"pass": "✓", "refuse": "–", "fail": "✗"}
+COLOURS = {"pass": "green", "refuse": "dim", "fail": "bold red"}
+LEGEND = "✓ holds   – refused with a clear error   ✗ fails"
 
 
-def run_grid(methods: Sequence[str] | None, verbose: bool) -> int:
+def run_grid(methods: Sequence[str] | None, verbose: bool, markdown: bool = False) -> int:
     """Run the grid for some methods or all, print it, and return 1 if any cell failed.
 
     Raises:
         UserError: a method is not in the catalogue.
     """
     import visadapt as va
-    from visadapt.core.check import run
+    from visadapt.core.check import HOSTS, PROPERTIES, run
 
-    names = list(methods or va.METHODS)
-    for name in names:
-        if name not in va.METHODS:
-            raise UserError("--methods", f"there is no method '{name}'", one_of(name, va.METHODS))
-    cells = run([va.METHODS[name] for name in names])
-    show(cells, verbose)
-    return int(any(cell.status == "fail" for cell in cells))
+    chosen = {name: find(name) for name in methods or va.METHODS}
+    cells = list(_tracked(run(chosen), len(chosen) * len(HOSTS) * len(PROPERTIES)))
+    for rows in ("host", "prop"):
+        print_markdown(cells, rows) if markdown else print_table(cells, rows)
+    for cell in cells:
+        if cell.status == "fail" or (verbose and cell.status == "refuse"):
+            print(f"{cell.status}: {cell.method} on {cell.host}, {cell.prop}: {cell.message}")
+    counts = {status: sum(cell.status == status for cell in cells) for status in MARKS}
+    print(f"{counts['pass']} hold, {counts['refuse']} refused, {counts['fail']} fail")
+    return int(counts["fail"] > 0)
 
 
-def show(cells: Sequence[Any], verbose: bool) -> None:
-    """Print cells as methods and layers by properties, then the messages of those that failed."""
+def find(name: str) -> type[Adapter]:
+    """A method of the catalogue, or one's own by its import path.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    import visadapt as va
+
+    if name in va.METHODS:
+        return va.METHODS[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute) if module else None
+    except (ImportError, AttributeError) as error:
+        raise UserError("--methods", f"cannot import '{name}': {error}") from error
+    if not (isinstance(found, type) and issubclass(found, va.Adapter)):
+        raise UserError("--methods", f"there is no method '{name}'", one_of(name, va.METHODS))
+    return found
+
+
+def _tracked(cells: Iterable[Cell], total: int) -> Iterable[Cell]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(cells, "checking", total, transient=True, console=Console(stderr=True))
+
+
+def grid(cells: Sequence[Cell], rows: str) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """Methods, and row name -> (worst status, mark) per method; a mark counts where statuses differ."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in dict.fromkeys(getattr(cell, rows) for cell in cells):
+        for method in methods:
+            seen = [c.status for c in cells if c.method == method and getattr(c, rows) == row]
+            kinds = [s for s in MARKS if s in seen]
+            mark = MARKS[kinds[0]] if len(kinds) == 1 else " ".join(f"{MARKS[s]}{seen.count(s)}" for s in kinds)
+            found.setdefault(row, []).append((kinds[-1], mark))
+    return methods, found
+
+
+def print_table(cells: Sequence[Cell], rows: str) -> None:
+    """One table on the terminal: layers or properties by methods."""
     from rich.console import Console
     from rich.table import Table
 
+    methods, found = grid(cells, rows)
+    table = Table()
+    table.add_column("layer" if rows == "host" else "property")
+    for method in methods:
+        table.add_column(method, justify="center")
+    for row, marks in found.items():
+        table.add_row(row, *(f"[{COLOURS[status]}]{mark}[/]" for status, mark in marks))
     console = Console()
-    properties = list(dict.fromkeys(cell.prop for cell in cells))
-    table = Table(title="✓ holds   – refused with a clear error   ✗ fails", title_justify="left")
-    table.add_column("method", style="bold")
-    table.add_column("layer")
-    for prop in properties:
-        table.add_column(prop, justify="center")
-    found = {(cell.method, cell.layer, cell.prop): cell for cell in cells}
-    rows = list(dict.fromkeys((cell.method, cell.layer) for cell in cells))
-    for i, (method, layer) in enumerate(rows):
-        marks = [MARKS[found[method, layer, p].status] if (method, layer, p) in found else "" for p in properties]
-        last = i + 1 == len(rows) or rows[i + 1][0] != method
-        table.add_row(method if i == 0 or rows[i - 1][0] != method else "", layer, *marks, end_section=last)
+    console.print(LEGEND, style="dim")
     console.print(table)
-    for cell in cells:
-        if cell.status == "fail" or (verbose and cell.status == "refuse"):
-            console.print(f"{cell.status}: {cell.method} on {cell.layer}, {cell.prop}: {cell.message}", markup=False)
-    total = {status: sum(cell.status == status for cell in cells) for status in MARKS}
-    console.print(f"{total['pass']} hold, {total['refuse']} refused, {total['fail']} fail")
+
+
+def print_markdown(cells: Sequence[Cell], rows: str) -> None:
+    """The same as Markdown."""
+    methods, found = grid(cells, rows)
+    print("| " + " | ".join(["layer" if rows == "host" else "property", *methods]) + " |")
+    print("|---|" + ":---:|" * len(methods))
+    for row, marks in found.items():
+        print("| " + " | ".join([row, *(mark for _, mark in marks)]) + " |")
+    print()

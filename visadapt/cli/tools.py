@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ArgumentParser
 
 from visadapt.cli.errors import Friendly, UserError, nearby, purposeful, told
 
@@ -58,7 +58,7 @@ def merge(
 
 def export(
     adapter: str,
-    output: str,
+    output: str = "peft_adapter",
     format: Literal["peft"] = "peft",
     config: str | None = None,
     backbone: str | None = None,
@@ -102,24 +102,29 @@ def import_(
     return 0
 
 
-def methods() -> int:
-    """Print the catalogue: equation, layer kinds, whether it merges and exports, source."""
+def methods(markdown: bool = False) -> int:
+    """Print the catalogue: equation, layer kinds, whether it merges and exports, source.
+
+    Args:
+        markdown: Print a Markdown table.
+    """
     from visadapt.cli.catalogue import show
 
-    show()
+    show(markdown)
     return 0
 
 
-def check(methods: str | None = None, verbose: bool = False) -> int:
+def check(methods: str | None = None, verbose: bool = False, markdown: bool = False) -> int:
     """Run the property grid, method by layer by property, on this machine; status 1 if a cell fails.
 
     Args:
-        methods: Names, separated by commas (default: all).
+        methods: Names, separated by commas (default: all); ``my_package.MyMethod`` for your own.
         verbose: Also print why cells are refused.
+        markdown: Print Markdown tables.
     """
     from visadapt.cli.check import run_grid
 
-    return run_grid(methods.split(",") if methods else None, verbose)
+    return run_grid(methods.split(",") if methods else None, verbose, markdown)
 
 
 TOOLS: dict[str, Callable[..., int]] = {
@@ -146,9 +151,12 @@ def existing(file: str) -> Path:
 
 def run(command: str, args: list[str]) -> int:
     """Run a tool with the arguments of the command line; 2 after the one message of a mistake."""
-    options: dict[str, Any] = {"prog": f"visadapt {command}", "parser_class": ToolParser}
+    tool = TOOLS[command]
+    first = (tool.__doc__ or "").partition("\n\n    Args:")[0]
+    parser = ToolParser(prog=f"visadapt {command}", description=first, allow_abbrev=False)
+    parser.add_function_arguments(tool, as_positional=True)
     try:
-        return auto_cli(TOOLS[command], args=args, as_positional=True, **options)
+        return tool(**parser.parse_args(args).as_dict())
     except UserError as error:
         error.show(command)
     except Exception as error:
