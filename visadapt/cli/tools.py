@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -149,6 +150,13 @@ def existing(file: str) -> Path:
     return path
 
 
+def _switches(tool: Callable[..., int], args: list[str]) -> list[str]:
+    """``--verbose`` alone means ``--verbose=true``: jsonargparse has no switches for plain functions."""
+    named = {f"--{name}" for name, p in signature(tool).parameters.items() if p.default is False}
+    bare = [i + 1 == len(args) or args[i + 1].startswith("-") for i in range(len(args))]
+    return [f"{arg}=true" if arg in named and alone else arg for arg, alone in zip(args, bare)]
+
+
 def run(command: str, args: list[str]) -> int:
     """Run a tool with the arguments of the command line; 2 after the one message of a mistake."""
     tool = TOOLS[command]
@@ -156,7 +164,7 @@ def run(command: str, args: list[str]) -> int:
     parser = ToolParser(prog=f"visadapt {command}", description=first, allow_abbrev=False)
     parser.add_function_arguments(tool, as_positional=True)
     try:
-        return tool(**parser.parse_args(args).as_dict())
+        return tool(**parser.parse_args(_switches(tool, args)).as_dict())
     except UserError as error:
         error.show(command)
     except Exception as error:
