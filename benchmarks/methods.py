@@ -16,8 +16,9 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,12 +67,15 @@ def frozen(row: Row, setting: Setting) -> Result:
 def measure(chosen: Sequence[Row], setting: Setting, rates: Sequence[float], seeds: int, jobs: int) -> list[Result]:
     """Search a learning rate per row, then train every row for every seed."""
     trained = [row for row in chosen if row.name != "frozen base"]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ExitStack() as stack:
+        each: Callable[..., Iterable[dict[str, float]]] = map
+        if jobs > 1:
+            each = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))).map
         search = [Job(row, setting, lr, 0, True) for row in trained for lr in rates]
-        tried = dict(zip([(job.row.name, job.lr) for job in search], pool.map(run, search), strict=True))
+        tried = dict(zip([(job.row.name, job.lr) for job in search], each(run, search), strict=True))
         best = {row.name: max(rates, key=lambda lr, name=row.name: tried[name, lr]["accuracy"]) for row in trained}
         final = [Job(row, setting, best[row.name], seed, False) for row in trained for seed in range(seeds)]
-        found = list(zip(final, pool.map(run, final), strict=True))
+        found = list(zip(final, each(run, final), strict=True))
     results = [frozen(row, setting) for row in chosen if row.name == "frozen base"]
     for row in trained:
         own = [measured for job, measured in found if job.row.name == row.name]
@@ -126,6 +130,15 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def _without_out(arguments: Sequence[str]) -> list[str]:
+    """The command line without the folder of the results, which says nothing about them."""
+    kept = list(arguments)
+    if "--out" in kept:
+        place = kept.index("--out")
+        del kept[place : place + 2]
+    return kept
+
+
 _Plain = argparse.RawDescriptionHelpFormatter
 
 
@@ -140,10 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
+    parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, help="learning rates to try")
     parser.add_argument("--quick", action="store_true", help="2 seeds, 1 learning rate, 60 steps, 5 rows")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
-    chosen, rates, seeds = rows(options.rank), LEARNING_RATES, options.seeds
+    chosen, rates, seeds = rows(options.rank), options.rates, options.seeds
     names = options.methods.split(",") if options.methods else None
     setting = Setting(domain=options.domain, shots=options.shots, steps=options.steps)
     if options.quick:
@@ -154,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     chosen = [row for row in chosen if names is None or row.name in names]
     results = measure(chosen, setting, rates, seeds, options.jobs)
     about = [
-        f"command: `python -m benchmarks.methods {shlex.join(arguments or sys.argv[1:])}`",
+        f"command: `python -m benchmarks.methods {shlex.join(_without_out(arguments or sys.argv[1:]))}`",
         f"commit: {commit()}; torch {torch.__version__}; {os.cpu_count()} cores ({platform.machine()}), "
         f"{options.jobs} trainings at a time on one thread each; seconds are process time of one training",
         f"base {setting.base}; domain '{setting.domain}', {setting.shots} images per class; {setting.steps} "
