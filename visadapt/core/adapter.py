@@ -193,9 +193,20 @@ class LowRank(Delta):
         """Down (r, fan_in, *kernel) and up (width, r), every scale folded in."""
         raise NotImplementedError(f"{type(self).__name__} must state factors()")
 
+    def chain(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same ΔW as inner (q, fan_in), kernel (r, q, *kernel) and up (width, r), where three steps are cheaper.
+
+        None, the rule, means `factors`; stated by Tucker cores on convolutions.
+        """
+        return None
+
     def side(self, x: Tensor, layer: Site) -> Tensor:
-        """ΔW ∗ x. Overridden only where more than two factors make it cheaper (Tucker cores)."""
-        return layer.low_rank(x, *self.factors())
+        """ΔW ∗ x. Overridden only where neither factors nor a chain give it (dropout, large ranks)."""
+        chain = self.chain()
+        if chain is None:
+            return layer.low_rank(x, *self.factors())
+        inner, kernel, up = chain
+        return layer.pointwise(layer.op(layer.pointwise(x, inner), kernel), up)
 
     def delta(self) -> Tensor:
         """Up · down, as a dense tensor (merge and weight views only)."""

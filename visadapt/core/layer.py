@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from visadapt.core import ops
 from visadapt.core.adapter import Adapter, FeatureMap, LowRank, WeightMap
+from visadapt.core.chain_op import Chain, can_chain, chain_update
 from visadapt.core.linear_op import Part, update
 from visadapt.core.site import MatrixSite, Site, stored
 
@@ -50,6 +51,9 @@ class AdaptedLayer(Grafted):
         parts, todo = self._take_parts(todo)
         if parts:
             y = update(self, input, self.weight, self.bias, parts, size, self.lean)  # type: ignore[arg-type]
+        elif (chain := self._take_chain(todo)) is not None:
+            y = chain_update(self, input, self.weight, self.bias, chain, todo[0].rows, size)  # type: ignore[arg-type]
+            todo = todo[1:]
         elif todo and not _acts_on_output(todo[0]):
             maps = [a for a in todo if not _acts_on_output(a)]
             todo = todo[len(maps) :]
@@ -60,6 +64,13 @@ class AdaptedLayer(Grafted):
         for adapter in todo:
             y = _output(self, adapter, input, y, size)
         return y
+
+    def _take_chain(self, todo: list[Adapter]) -> Chain | None:
+        # Three factors of the adapter at the front, on a layer that computes a convolution and nothing else.
+        if not todo or not isinstance(todo[0], LowRank) or not ops.is_plain(self) or not can_chain(self):
+            return None
+        chain, strength = todo[0].chain(), todo[0].strength
+        return chain if chain is None or strength == 1 else (*chain[:2], chain[2] * strength)
 
     def _take_parts(self, todo: list[Adapter]) -> tuple[list[Part], list[Adapter]]:
         # The adapters at the front that the fused operation can do, and the others.

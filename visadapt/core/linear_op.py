@@ -210,7 +210,7 @@ class LinearUpdate(_Update):
             grad_z = torch.empty_like(z)
             for up, gain, rows, part_z, part_gz in zip(ups, gains, ctx.rows, z.split(sizes, 1), grad_z.split(sizes, 1)):
                 part = g[:, _slice(rows)]
-                grad_up, grad_gain = part_z.t().contiguous() @ part, None  # (r, rows); a thin transposed operand is slow
+                grad_up, grad_gain = part_z.t().contiguous() @ part, None  # (r, rows); copied: faster
                 if gain is not None:
                     part_y = y.reshape(g.shape[0], -1)[:, _slice(rows)]
                     grad_gain = _gain_grad(part, part_y, None if bias is None else bias[_slice(rows)], gain, 0)

@@ -54,20 +54,15 @@ class FLoRA(LowRank):
         """Whether two factors are as cheap as three."""
         return not self._chain
 
-    def kernel(self) -> Tensor:
-        """G with its kernel axes at full size, (r_out, r_in, *kernel)."""
-        return tucker(self.core, None, None, *self.axes)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """Core, V and the kernel matrices as one down-projection; s·U."""
         return tucker(self.core, None, self.inner, *self.axes), self.up * self.scale
 
-    def side(self, x: Tensor, layer: Site) -> Tensor:
-        """1×1 to r_in channels, the layer's operation with the small kernel, 1×1 to the outputs."""
+    def chain(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Vᵀ to r_in channels, the core with its kernel axes at full size, s·U to the outputs."""
         if not self._chain:
-            return super().side(x, layer)
-        z = layer.op(layer.pointwise(x, self.inner.t()), self.kernel())
-        return layer.pointwise(z, self.up * self.scale)
+            return None
+        return self.inner.t(), tucker(self.core, None, None, *self.axes), self.up * self.scale
 
 
 def _factor(layer: Site, size: int, rank: int) -> nn.Parameter:
