@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from visadapt.core.model import adapters
@@ -89,7 +90,8 @@ def check_finite(module: torch.nn.Module, step: int) -> None:
     Raises:
         FloatingPointError: one is not finite; names it.
     """
-    named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
+    named = [(name, _local(p.detach())) for name, p in module.named_parameters() if p.requires_grad]
+    named = [(name, tensor) for name, tensor in named if tensor.numel()]  # a shard may be empty
     if not named:
         return
     norms = torch._foreach_norm([p for _, p in named], float("inf"))
@@ -101,3 +103,7 @@ def check_finite(module: torch.nn.Module, step: int) -> None:
             f"({len(wrong)} of {len(named)} tensors). Lower the learning rate or clip gradients; "
             "resume from the last checkpoint."
         )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

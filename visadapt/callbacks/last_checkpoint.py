@@ -22,6 +22,8 @@ class LastCheckpoint(Checkpoint):
         dirpath: Folder; by default ``checkpoints`` in the logger's directory.
     """
 
+    best_model_path = ""  # Lightning asks the first checkpoint callback, which this is where it stands alone
+
     def __init__(self, every_n_steps: int = 50, dirpath: str | None = None) -> None:
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath

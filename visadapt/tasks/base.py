@@ -206,6 +206,8 @@ class BaseTask(L.LightningModule):
             wanted.append(AdapterEMA(self.ema_decay))
         if self.trainer.checkpoint_callbacks:
             wanted += [ExactResume(), LastCheckpoint(), SaveOnSignal()]
+        # Lightning takes the first checkpoint callback for the one that knows the best checkpoint.
+        self.trainer.callbacks.sort(key=lambda c: isinstance(c, LastCheckpoint | SaveOnSignal))
         present = {type(c) for c in self.trainer.callbacks}
         return [c for c in wanted if type(c) not in present]
 
