@@ -45,22 +45,45 @@ def test_three_steps_equal_two_factors(kind):
     (adapter,) = va.adapters(model).values()
     nn.init.normal_(adapter.core)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert not adapter.fusable, "this test needs a layer where three steps are cheaper"
+    layer.bias.requires_grad_()
+    assert adapter.chain() is not None, "this test needs a layer where three steps are cheaper"
     args = () if size is None else (size,)
     site = Site(layer, output_size=size)
-    probe = None
-    found = []
+    inputs = [x, layer.bias, *adapter.parameters()]
     try:
-        for side in (adapter.side(x, site), site.low_rank(x, *adapter.factors())):
-            probe = torch.randn_like(side) if probe is None else probe
-            found.append([side, *torch.autograd.grad(side, [x, *adapter.parameters()], probe)])
         with va.strength(model, 0.0):
             base = layer(x, *args)
-        close(layer(x, *args), base + found[0][0])
+        with va.strength(model, 0.7):
+            fused = layer(x, *args)  # one operation with gradients of its own
+        single, two = adapter.side(x, site), site.low_rank(x, *adapter.factors())
+        probe = torch.randn_like(base)
+        want = [base + 0.7 * two, *torch.autograd.grad(base + 0.7 * two, inputs, probe, retain_graph=True)]
+        for found in (fused, base + 0.7 * single):
+            for a, b in zip([found, *torch.autograd.grad(found, inputs, probe, retain_graph=True)], want):
+                close(a, b)
     finally:
         va.remove(model)
-    for a, b in zip(*found):
-        close(a, b)
+        layer.bias.requires_grad_(False)
+
+
+def test_three_steps_on_some_rows_and_under_autocast():
+    torch.manual_seed(0)
+    model = va.adapt(nn.Sequential(nn.Conv2d(12, 10, 3, padding=1)), va.FLoRA(rank=2), "0:1/2")
+    (adapter,) = va.adapters(model).values()
+    nn.init.normal_(adapter.core)
+    x = torch.randn(2, 12, 6, 5)
+    plain = model[0]._base.forward(model[0], x)
+    assert adapter.chain() is not None
+    assert torch.equal(model(x)[:, :5], plain[:, :5])
+    with va.merged(model):
+        want = model(x)
+    close(model(x), want, 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert (y.float() - want).abs().max() < 0.03 * want.abs().max()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in adapter.parameters())
 
 
 def test_three_steps_only_where_they_are_cheaper():

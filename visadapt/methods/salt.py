@@ -14,14 +14,14 @@ from visadapt.maths.svd import signed_svd
 
 
 class SALT(Delta):
-    """W' = U · diag(relu(α ⊙ σ_top + β)) ⊕ (diag(σ_rest) + X Y) · Vᵀ,  W = U diag(σ) Vᵀ.
+    """W' = U · (diag(relu(α ⊙ σ_top + β)) ⊕ (diag(σ_rest) + X Y)) · Vᵀ,  W = U diag(σ) Vᵀ.
 
     α (t,) one and β (t,) zero act on the t largest of the n = min(out, in · kernel) singular values;
     X (n − t, rank) kaiming-uniform and Y (rank, n − t) zero mix the others. A convolution is the
     matrix (out, in · kernel). The decomposition is taken on the CPU in float64 with fixed signs and is
     not saved: the same W gives it again, up to rotations among equal singular values.
 
-    Koleilat et al. 2025, arXiv 2503.16055, code: github.com/BioMedIA-MBZUAI/SALT (7314877).
+    Elsayed et al. 2025, arXiv 2503.16055, code: github.com/BioMedIA-MBZUAI/SALT (7314877).
 
     Differs from the code: it applies the relu to every entry of the core (`relu="full"`), which drops
     the negative entries of X Y and gives Y no gradient off the diagonal at the start, so that first
