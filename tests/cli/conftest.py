@@ -6,7 +6,10 @@ from pathlib import Path
 
 import lightning  # noqa: F401 - its log handler keeps the stderr of this moment; that of one test is closed after it
 import pytest
+import torch
 import yaml
+
+torch.set_num_threads(1)  # tiny models on a busy machine: threads that wait for each other take five times as long
 
 TINY = {
     "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
