@@ -212,4 +212,7 @@ def recipes(method: str, host: Host, dtype: torch.dtype, peers: tuple[str, ...])
             found += [ours("WaRA", **deep), dense("WaRA", **deep)]
     else:
         found.append(dense(method))
+        if method == "SALT":
+            full = {"variant": "full relu", "group": "full relu", "relu": "full"}
+            found += [ours("SALT", **full), dense("SALT", **full)]
     return [r for r in found if r.source == "visadapt" or r.source in peers]

@@ -132,13 +132,16 @@ class WaRA(Literal):
 class SALT(Literal):
     """y = U Σ' Vᵀ x + b: the singular values in a dense n × n core, the weight rebuilt in each forward.
 
-    W = U Σ Vᵀ; Σ' holds relu(α σ + β) for the first ``top`` values and, for the rest, Σ + X Y. As the
-    official code does it (arXiv:2503.16055, 2025), but with the relu on the scaled values alone, where that
-    code applies it to the whole core. The signs of U and V are ours: X and Y depend on them.
+    W = U Σ Vᵀ; Σ' holds relu(α σ + β) for the first ``top`` values and, for the rest, Σ + X Y, as in the
+    official code (Koleilat et al. 2025, arXiv:2503.16055), which has the relu on the whole core
+    (``relu="full"``). The signs of U and V are ours: X and Y depend on them.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, top: int, rank: int = 8) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, top: int, rank: int = 8, relu: str = "diag") -> None:
         super().__init__(layer)
+        if relu not in ("diag", "full"):
+            raise ValueError(f"relu={relu!r}: use 'diag' or 'full'")
+        self.relu = relu
         from visadapt.maths.svd import signed_svd
 
         weight = layer.weight.detach()
@@ -152,9 +155,10 @@ class SALT(Literal):
         self.x, self.y = draw(layer, rest, rank), draw(layer, rank, rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        top = (self.alpha * self.s[: self.top] + self.beta).relu()
+        top = self.alpha * self.s[: self.top] + self.beta
         rest = torch.diag(self.s[self.top :]) + self.x @ self.y
-        core = torch.block_diag(torch.diag(top), rest)
+        core = torch.block_diag(torch.diag(top.relu() if self.relu == "diag" else top), rest)
+        core = core.relu() if self.relu == "full" else core
         return self.apply_weight(x, self.u @ core @ self.vh, self.layer.bias)
 
 
