@@ -76,12 +76,13 @@ class TimmViT(Backbone):
         elif not self.pretrained and num_classes is not None:
             options["num_classes"] = num_classes
         options |= {"in_chans": self.in_chans, "drop_path_rate": self.drop_path_rate}
-        model = self._create(timm.create_model, name, path, overlay, options)
-        known = self.class_names = about.get("class_names") if path else None
-        renamed = bool(known and class_names) and list(known) != list(class_names)
+        model: Any = self._create(timm.create_model, name, path, overlay, options)
+        self.class_names = about.get("class_names") if path else None
+        known, wanted = list(self.class_names or ()), list(class_names or ())
+        renamed = bool(known and wanted) and known != wanted
         other = num_classes is not None and model.num_classes != num_classes
         if other or renamed:
-            _replace_head(model, num_classes or len(class_names))
+            _replace_head(model, num_classes or len(wanted))
         self.new_head = other or renamed or not (path or self.pretrained)
         model.adapter_presets = presets(model)
         return model
@@ -142,8 +143,10 @@ class TimmViT(Backbone):
         import timm
 
         if ":" in name:  # the configuration lives beside the weights
-            return timm.create_model(name, pretrained=False).pretrained_cfg
-        return timm.get_pretrained_cfg(name).to_dict()
+            model: Any = timm.create_model(name, pretrained=False)
+            return model.pretrained_cfg
+        known = timm.get_pretrained_cfg(name)
+        return known.to_dict() if known else {}
 
     def _create(
         self,
@@ -183,7 +186,7 @@ class _Channels:
         return f"{type(self).__name__}(mode={self.mode})"
 
 
-def _replace_head(model: nn.Module, num_classes: int) -> None:
+def _replace_head(model: Any, num_classes: int) -> None:
     """Give the model another classifier, at zero: the same one in every process and after every start."""
     model.reset_classifier(num_classes)
     for head in as_tuple(model.get_classifier()):

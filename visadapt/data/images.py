@@ -25,9 +25,9 @@ def read_rgb(path: str | Path) -> Image.Image:
         UnreadableImage: naming the file and the reason.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            file.load()
+            image: Image.Image = ImageOps.exif_transpose(file)
             if image.mode == "RGB":
                 return image
             if image.mode.startswith("I"):
