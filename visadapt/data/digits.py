@@ -57,14 +57,8 @@ class Digits(BaseData):
             if value is not None and value not in DOMAINS:
                 raise ValueError(f"data.{key}: '{value}' is not one of {', '.join(DOMAINS)}")
         self.classes = list(range(10)) if classes is None else list(classes)
-        if (
-            not self.classes
-            or len(set(self.classes)) < len(self.classes)
-            or set(self.classes) - set(range(10))
-        ):
-            raise ValueError(
-                f"data.classes: {self.classes} must be different digits from 0 to 9, at least one"
-            )
+        if not self.classes or len(set(self.classes)) < len(self.classes) or set(self.classes) - set(range(10)):
+            raise ValueError(f"data.classes: {self.classes} must be different digits from 0 to 9, at least one")
         if not 0 < val_size < TRAIN:
             raise ValueError(f"data.val_size: {val_size} must lie between 1 and {TRAIN - 1}")
         self.domain = domain
@@ -93,9 +87,7 @@ class Digits(BaseData):
             return None
         transform = self.preprocess(train=False)
         indices = self._indices("test")
-        return self.loader(
-            DigitSet(indices, self.classes, self.source_domain, _FIXED_SEED, transform=transform)
-        )
+        return self.loader(DigitSet(indices, self.classes, self.source_domain, _FIXED_SEED, transform=transform))
 
     def _indices(self, stage: Stage) -> list[int]:
         """Positions in ``handwriting()`` of a stage, without the digits that are not among ``classes``."""

@@ -18,7 +18,7 @@ from visadapt.tasks.base import DEFAULT_SCHEDULE, BaseTask, Stage
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
-    from torchmetrics import MetricCollection
+    from torchmetrics import Metric, MetricCollection
 
 _PER_CLASS_AT_MOST = 100  # more columns than this help nobody in a table of metrics
 
@@ -82,7 +82,7 @@ class Classification(BaseTask):
     def build(self) -> nn.Module:
         """The backbone with a head for these classes."""
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        model = self.backbone.build(self.num_classes, getattr(data, "class_names", None))
+        model: Any = self.backbone.build(self.num_classes, getattr(data, "class_names", None))
         if self.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise ValueError(f"{type(model).__name__} has no gradient checkpointing; set it to false")
@@ -126,8 +126,8 @@ class Classification(BaseTask):
 
         super().configure_model()
         self.test_confusion = MulticlassConfusionMatrix(self.num_classes)
-        if self.compiles:
-            self.model.compile()
+        if self.compiles and (model := self.model) is not None:
+            model.compile()
 
     def preprocess(self, train: bool) -> Callable[[Any], Tensor]:
         """The backbone's transform of a PIL image; data modules ask for it."""
@@ -142,7 +142,7 @@ class Classification(BaseTask):
         from torchmetrics import MetricCollection
         from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-        found = {
+        found: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(self.num_classes, average="micro"),
             "class_mean_accuracy": MulticlassAccuracy(self.num_classes, average="macro"),
             "calibration_error": MulticlassCalibrationError(self.num_classes),
@@ -173,9 +173,7 @@ class Classification(BaseTask):
         self.log_dict({f"test/accuracy_of/{name}": share for name, share in zip(names, shares)})
 
 
-def _check(
-    num_classes: int, adapters: list[Adaptation], train: str, head: str, mixup: float, cutmix: float
-) -> None:
+def _check(num_classes: int, adapters: list[Adaptation], train: str, head: str, mixup: float, cutmix: float) -> None:
     if num_classes < 2:
         raise ValueError(f"model.num_classes: {num_classes}; classification needs two classes at least")
     if train == "head" and head == "freeze":
