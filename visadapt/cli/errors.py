@@ -64,6 +64,7 @@ def one_of(word: str, known: Iterable[str], limit: int = 14) -> str:
 
 def subclasses(cls: type) -> Iterator[type]:
     """All subclasses of ``cls`` that are imported, at any depth."""
+    sub: type
     for sub in cls.__subclasses__():
         yield sub
         yield from subclasses(sub)

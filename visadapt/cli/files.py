@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from visadapt.cli import yaml_files
 from visadapt.cli.errors import UserError
@@ -44,7 +44,12 @@ def merge_file(adapter: Path, output: Path, config: str | None, backbone: str | 
 
 
 def export_file(
-    adapter: Path, output: Path, format: str, config: str | None, backbone: str | None, checkpoint: str | None
+    adapter: Path,
+    output: Path,
+    format: Literal["peft"],
+    config: str | None,
+    backbone: str | None,
+    checkpoint: str | None,
 ) -> None:
     """Write an adapter file in the format of another library and say how exact it is."""
     import visadapt as va

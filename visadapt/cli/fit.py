@@ -154,12 +154,13 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run directory; point `predict` at the images of the command line."""
-        config = self.config[self.config["subcommand"]]
+        command = str(self.subcommand)
+        config = self.config[command]
         files = option(sys.argv, "-c", "--config")
         made_by_run = config.get("adapter") or config.get("ckpt_path")
         chosen = config.get("run_dir")
         name = config["model"]["class_path"].rpartition(".")[2].lower()
-        self.run_dir = Path(chosen) if chosen else rundir.new_run_dir(self.subcommand, files, made_by_run, name)
+        self.run_dir = Path(chosen) if chosen else rundir.new_run_dir(command, files, made_by_run, name)
         CLI.run_dir_now = self.run_dir
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run has its configuration already
@@ -177,12 +178,15 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer = config["trainer"]
         if trainer.get("logger") in (None, True):
-            kwargs["logger"] = rundir.loggers(self.run_dir, self.subcommand)
+            kwargs["logger"] = rundir.loggers(self.run_dir, str(self.subcommand))
         if trainer.get("default_root_dir") is None:
             kwargs["default_root_dir"] = str(self.run_dir)
         bars = [c for c in trainer.get("callbacks") or () if isinstance(c, ProgressBar)]
         callbacks: list[Callback] = [] if bars or trainer.get("enable_progress_bar") is False else [Bar()]
-        callbacks += [RunReport(str(self.run_dir)), PredictionReport(str(self.run_dir))]
+        callbacks += [
+            RunReport(str(self.run_dir), rundir.config_name(option(sys.argv, "-c", "--config"))),
+            PredictionReport(str(self.run_dir)),
+        ]
         if config.get("adapter"):
             callbacks.append(LoadAdapter(config["adapter"]))
         self.trainer_defaults["callbacks"] = callbacks

@@ -55,6 +55,6 @@ def loggers(run_dir: Path, command: str) -> list[Any] | bool:
 
     if command == "predict":
         return False
-    places = {"save_dir": str(run_dir.parent), "name": "", "version": run_dir.name}
+    places: dict[str, Any] = {"save_dir": str(run_dir.parent), "name": "", "version": run_dir.name}
     csv = CSVLogger(**places)
     return [csv, TensorBoardLogger(**places, default_hp_metric=False)] if command == "fit" else [csv]

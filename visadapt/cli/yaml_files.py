@@ -62,7 +62,7 @@ def where(quoted: Sequence[str], args: Sequence[str]) -> str:
 
     So an error from deep inside, which knows a value but not its key, still names the key.
     """
-    given = {}
+    given: dict[str, str] = {}
     for file in files(args):
         given |= {key: value for key, value in _flat(yaml.safe_load(Path(file).read_text(encoding="utf-8")))}
     for arg in args:

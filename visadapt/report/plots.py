@@ -100,6 +100,6 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
     if classes <= 20:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if share[row, column] > 0.55 else INK
-            axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
     fig.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return fig

@@ -34,7 +34,7 @@ class PredictionReport(Callback):
         self._rows: dict[int, list[tuple[float, int]]] = {}
         self._order: list[list[int]] = []
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Note which samples this rank will see, in order."""
         self._rows = {}
         sampler = getattr(trainer.predict_dataloaders, "batch_sampler", None)
@@ -43,7 +43,7 @@ class PredictionReport(Callback):
 
     def on_predict_batch_end(
         self,
-        trainer: L.Trainer,
+        trainer: Any,
         pl_module: L.LightningModule,
         outputs: Any,
         batch: Any,
@@ -60,7 +60,7 @@ class PredictionReport(Callback):
         for index, (shares, classes) in zip(indices, rows, strict=True):
             self._rows[index] = list(zip(shares, classes, strict=True))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_predict_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Join the ranks, write the files and say where they are."""
         rows = gathered(trainer, self._rows)
         if not trainer.is_global_zero or not rows:

@@ -31,13 +31,16 @@ class RunReport(Callback):
 
     Args:
         run_dir: Folder for the files.
+        name: What the run is called; the folder above ``run_dir`` names it otherwise.
         images: Samples in the picture of predictions.
         samples: Most samples of the held-out set to predict, spread evenly over it.
         tensorboard_images: How often in a run the picture goes to TensorBoard.
     """
 
-    def __init__(self, run_dir: str, images: int = 24, samples: int = 2000, tensorboard_images: int = 4) -> None:
-        self.run_dir, self.images, self.samples = Path(run_dir), images, samples
+    def __init__(
+        self, run_dir: str, name: str = "", images: int = 24, samples: int = 2000, tensorboard_images: int = 4
+    ) -> None:
+        self.run_dir, self.name, self.images, self.samples = Path(run_dir), name, images, samples
         self.tensorboard_images = tensorboard_images
         self.history: list[dict[str, float]] = []
         self.before: dict[str, list[int]] = {}
@@ -59,7 +62,7 @@ class RunReport(Callback):
         self.before = {k: list(v) for k, v in state["before"].items()}
         self.seconds = state["seconds"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Remember what the model predicts before the first step."""
         self._started = time.perf_counter()
         self._resumed_from = str(trainer.ckpt_path) if trainer.ckpt_path else None
@@ -70,18 +73,18 @@ class RunReport(Callback):
             source = results.source_accuracy(trainer, pl_module)
             self.before = {"found": found.tolist(), "source": list(source or ())}
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         """Start the clock of a step."""
         self._step_started = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
         """Stop the clock of a step (data loading is not in it); add its loss to the epoch's mean."""
         self._steps.append(time.perf_counter() - self._step_started)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, torch.Tensor):
             self._loss, self._batches = self._loss + loss.detach(), self._batches + 1
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Add a point to the curves; now and then a picture for TensorBoard."""
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
         if self._batches:
@@ -94,7 +97,7 @@ class RunReport(Callback):
         if self._reports(trainer) and (trainer.current_epoch + 1) % every == 0:
             self._to_tensorboard(trainer, pl_module)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Write everything; a run that stopped on an error leaves only its checkpoints and metrics."""
         self.seconds, self._started = self._elapsed(), 0.0
         if trainer.fast_dev_run or not self._reports(trainer):
@@ -118,14 +121,14 @@ class RunReport(Callback):
     def _elapsed(self) -> float:
         return self.seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
-    def _reports(self, trainer: L.Trainer) -> bool:
+    def _reports(self, trainer: Any) -> bool:
         """Rank 0, with the whole model: a sharded one cannot run on one rank alone."""
         sharded = type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
         if sharded and trainer.is_global_zero:
             rank_zero_warn("sharded model: no pictures and no adapter file; make them from the checkpoint")
         return trainer.is_global_zero and not sharded and not trainer.sanity_checking
 
-    def _predict(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[np.ndarray, np.ndarray]:
+    def _predict(self, trainer: Any, pl_module: L.LightningModule) -> tuple[np.ndarray, np.ndarray]:
         """Labels and predictions on the held-out samples; empty where there are none."""
         if self._samples is None:
             self._samples = results.samples(trainer, self.samples)
@@ -133,15 +136,13 @@ class RunReport(Callback):
             return np.zeros(0, dtype=int), np.zeros(0, dtype=int)
         return results.predict(trainer, pl_module, self._samples)
 
-    def _facts(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, labels: np.ndarray, found: np.ndarray
-    ) -> RunFacts:
+    def _facts(self, trainer: Any, pl_module: L.LightningModule, labels: np.ndarray, found: np.ndarray) -> RunFacts:
         import visadapt as va
 
         model = results.network(pl_module)
         memory, kind = results.peak_memory()
         facts = RunFacts(
-            name=self.run_dir.parent.name or self.run_dir.name,
+            name=self.name or self.run_dir.resolve().parent.name,
             task=type(pl_module).__name__,
             base=results.base_name(pl_module),
             base_hash=results.base_hash(pl_module),
@@ -163,7 +164,7 @@ class RunReport(Callback):
         return facts
 
     def _figures(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, labels: np.ndarray, found: np.ndarray
+        self, trainer: Any, pl_module: L.LightningModule, labels: np.ndarray, found: np.ndarray
     ) -> dict[str, float]:
         """Accuracies before and after; what the task reports itself comes first."""
         figures = dict(getattr(pl_module, "figures", None) or {})
@@ -183,7 +184,7 @@ class RunReport(Callback):
 
     def _draw(
         self,
-        trainer: L.Trainer,
+        trainer: Any,
         pl_module: L.LightningModule,
         facts: RunFacts,
         labels: np.ndarray,
@@ -203,7 +204,7 @@ class RunReport(Callback):
         tiles.save(picture, self.run_dir / "predictions.png")
         results.to_tensorboard(trainer, "predictions", np.asarray(picture))
 
-    def _to_tensorboard(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _to_tensorboard(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """The picture of predictions as they are now."""
         if self._samples is None:
             return
@@ -211,7 +212,7 @@ class RunReport(Callback):
         _, found = results.predict(trainer, pl_module, torch.utils.data.Subset(self._samples, chosen))
         results.to_tensorboard(trainer, "predictions", np.asarray(self._picture(trainer, chosen, found)))
 
-    def _picture(self, trainer: L.Trainer, chosen: list[int], found: np.ndarray) -> Any:
+    def _picture(self, trainer: Any, chosen: list[int], found: np.ndarray) -> Any:
         """The grid of the ``chosen`` held-out samples: truth, prediction before, and ``found``, that of now."""
         names = list(trainer.datamodule.class_names)
         norm = evaluate.normalisation(trainer.datamodule.preprocess(train=False))
