@@ -14,18 +14,36 @@ PROTOTYPES = {
     "LoRA-FA": va.LoRA(rank=3, freeze_down=True),
     "DoRA in": va.DoRA(axis="in"),
     "DoRA full gradient": va.DoRA(rank=3, alpha=6, detach_norm=False),
+    "FLoRA rank 2": va.FLoRA(rank=2, kernel_rank=3, scale=0.5),
+    "WaRA full": va.WaRA(mode="full"),
+    "WaRA shared": va.WaRA(mode="shared"),
+    "WaRA activation": va.WaRA(mode="activation"),
+    "WaRA db3 2 levels": va.WaRA(wavelet="db3", levels=2),
+    "LoHa rank 2": va.LoHa(rank=2, alpha=3),
+    "SALT all and penalty": va.SALT(top=1.0, regularizer=0.1),
+    "Hydra sequential": va.Hydra(rank=0, sequential_rank=2, bias=False),
 }
 
 # What cannot work, and the words by which the refusal explains itself.
 REFUSED = {
     ("DoRA in", "groups", "*"): "no meaning on a grouped convolution",
     ("DoRA in", "depthwise", "*"): "no meaning on a grouped convolution",
+    **{
+        ("Hydra", host, prop): "mixes channels across the groups"
+        for host in ("groups", "depthwise")
+        for prop in ("merge", "several adapters")  # the latter merges too
+    },
+    **{
+        (method, host, "*"): "changes outputs"
+        for method in ("Hydra", "SSF")
+        for host in ("Linear weight view", "MultiheadAttention")
+    },
 }
 
 
 def expected_refusal(method: str, host: str, prop: str) -> str | None:
     for (m, h, p), words in REFUSED.items():
-        if m == method and h in host and p in ("*", prop):
+        if method.startswith(m) and h in host and p in ("*", prop):
             return words
     return None
 

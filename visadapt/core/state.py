@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from visadapt.core.adapter import Adapter
@@ -102,7 +102,7 @@ def save(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     metadata = {**(extra or {}), "format": "pt", "visadapt": json.dumps(plan(model, base_name))}
     try:
-        save_file(held, temporary, metadata=metadata)
+        temporary.write_bytes(serialise(held, metadata))  # `save_file` would make it readable by the owner only
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import nn
 
 from visadapt.core.export import lora_factors
@@ -99,7 +100,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor
     temporary.mkdir(parents=True)
     try:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        (temporary / "adapter_model.safetensors").write_bytes(serialise(tensors, {"format": "pt"}))
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(temporary.iterdir()):
             os.replace(file, folder / file.name)
