@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 LIVE = "live_weights"
@@ -30,12 +31,13 @@ class AdapterEMA(L.Callback):
         self.decay = decay
         self._average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] | None = None  # the last step's, while averages are in the model
+        self._trained: dict[str, nn.Parameter] = {}
         self._stepped = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from the weights at hand, unless a checkpoint brought averages."""
         self._stepped = trainer.global_step
-        trained = _trained(pl_module)
+        trained = self._trained = _trained(pl_module)
         if self._average.keys() != trained.keys():
             self._average = {name: p.detach().clone() for name, p in trained.items()}
         self._average = {name: average.to(trained[name].device) for name, average in self._average.items()}
@@ -50,8 +52,8 @@ class AdapterEMA(L.Callback):
             return
         self._stepped = step
         decay = min(self.decay, (1 + step) / (10 + step))
-        trained = _trained(pl_module)
-        torch._foreach_lerp_(list(self._average.values()), [trained[n] for n in self._average], 1 - decay)
+        averages = [_local(average) for average in self._average.values()]
+        torch._foreach_lerp_(averages, [_local(self._trained[name]) for name in self._average], 1 - decay)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the averages (within ``fit`` only: a loaded checkpoint has them already)."""
@@ -65,7 +67,7 @@ class AdapterEMA(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the averages in the model."""
         self._swap_in(pl_module)
-        self._live, self._average = None, {}
+        self._live, self._average, self._trained = None, {}, {}
 
     @torch.no_grad()
     def _swap_in(self, pl_module: L.LightningModule) -> None:
@@ -110,7 +112,15 @@ class AdapterEMA(L.Callback):
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # a forward pass alone leaves gathered parameters behind, and writes to those are lost
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process' shard, or the whole of an ordinary tensor; shares memory."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _whole(tensor: Tensor) -> Tensor:

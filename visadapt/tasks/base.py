@@ -58,9 +58,7 @@ class BaseTask(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self._make_hparams_plain()
-        self.strict_loading = (
-            False  # checkpoints lack the frozen base; on_load_checkpoint is strict about the rest
-        )
+        self.strict_loading = False  # checkpoints lack the frozen base; on_load_checkpoint is strict about the rest
         self.adaptations = list(adapters or [])
         self.optimizer = optimizer
         self.schedule = schedule
@@ -105,6 +103,8 @@ class BaseTask(L.LightningModule):
         """Build, adapt, decide what trains; shards the model under ``ModelParallelStrategy``. Runs once."""
         if self.model is not None:
             return
+        from torchmetrics import MeanMetric
+
         model = self.build()
         model.requires_grad_(False)
         for adaptation in self.adaptations:
@@ -112,6 +112,7 @@ class BaseTask(L.LightningModule):
         self.thaw(model)
         self.base = base_identity(model)  # now: training moves the statistics of trained norms
         self.model = model
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         if (metrics := self.metrics()) is not None:
             self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
         if self._device_mesh is not None:
@@ -149,9 +150,13 @@ class BaseTask(L.LightningModule):
     def report(self, stage: Stage, loss: Tensor, output: Any, target: Any) -> None:
         """Log the loss, and in evaluation update and log the metrics of the stage."""
         size = len(target) if isinstance(target, Tensor) and target.dim() else 1
-        in_training = stage == "train"
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, on_step=in_training,
-                 on_epoch=not in_training, sync_dist=not in_training)  # fmt: skip
+        if stage == "train":
+            self.log("train/loss", loss, prog_bar=True, batch_size=size)
+            return
+        # A metric, not `sync_dist=True`: Lightning 2.6 truncates the mean batch size of the processes to an integer.
+        mean = getattr(self, f"{stage}_loss")
+        mean.update(loss.detach(), size)
+        self.log(f"{stage}/loss", mean, prog_bar=True, on_step=False, on_epoch=True, batch_size=size)
         metrics = getattr(self, f"{stage}_metrics", None)
         if metrics is not None:
             metrics.update(output, target)
@@ -212,9 +217,7 @@ class BaseTask(L.LightningModule):
         return [c for c in wanted if type(c) not in present]
 
     # --- checkpoints -------------------------------------------------------------------
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As usual, but unless ``strict`` the frozen base is not missing (Lightning would list all of it)."""
         keys = super().load_state_dict(state_dict, strict, assign)
         if not strict and keys.missing_keys:
@@ -223,9 +226,10 @@ class BaseTask(L.LightningModule):
         return keys
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained, and say on which base."""
-        names = ck.trained_names(self)
-        checkpoint["state_dict"] = ck.trained_state(checkpoint["state_dict"], names)
+        """Keep what was trained, say what that is, and on which base."""
+        kept = ck.trained_state(checkpoint["state_dict"], ck.trained_names(self))
+        checkpoint["state_dict"] = kept
+        checkpoint["trained"] = {name: list(tensor.shape) for name, tensor in kept.items()}
         checkpoint["base"] = dict(self.base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -235,10 +239,12 @@ class BaseTask(L.LightningModule):
             ValueError: otherwise; says which tensors.
         """
         self.configure_model()
-        state = checkpoint["state_dict"]
+        # ModelParallelStrategy has loaded "state_dict" by now and taken it out.
+        tensors = {name: list(tensor.shape) for name, tensor in checkpoint.get("state_dict", {}).items()}
+        shapes = checkpoint.get("trained", tensors)
         ck.check_base(checkpoint.get("base"), self.base, "the checkpoint")
-        ck.check_names(ck.trained_names(self), set(state), "the checkpoint")
-        ck.check_shapes(self, state, "the checkpoint")
+        ck.check_names(ck.trained_names(self), set(shapes), "the checkpoint")
+        ck.check_shapes(self, shapes, "the checkpoint")
 
 
 def _trains(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,22 +66,20 @@ def check_names(expected: set[str], found: set[str], where: str) -> None:
     )
 
 
-def check_shapes(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def check_shapes(module: nn.Module, shapes: Mapping[str, Sequence[int]], where: str) -> None:
     """Compare shapes before torch does, with one message instead of one line per tensor.
 
     Raises:
         ValueError: a tensor has another shape here (another rank, another number of classes).
     """
-    here = module.state_dict(keep_vars=True)
+    here = {name: tuple(tensor.shape) for name, tensor in module.state_dict(keep_vars=True).items()}
     wrong = [
-        f"{name}: {tuple(t.shape)} in the file, {tuple(here[name].shape)} here"
-        for name, t in state.items()
-        if name in here and here[name].shape != t.shape
+        f"{name}: {tuple(shape)} in the file, {here[name]} here"
+        for name, shape in shapes.items()
+        if name in here and here[name] != tuple(shape)
     ]
     if wrong:
-        raise ValueError(
-            f"{where} does not fit this configuration: {_few(wrong)}. Same rank and class count?"
-        )
+        raise ValueError(f"{where} does not fit this configuration: {_few(wrong)}. Other rank or class count?")
 
 
 def check_base(saved: Mapping[str, Any] | None, here: Mapping[str, Any], where: str) -> None:
