@@ -20,7 +20,7 @@ PROTOTYPES = {
     "WaRA activation": va.WaRA(mode="activation"),
     "WaRA db3 2 levels": va.WaRA(wavelet="db3", levels=2),
     "LoHa rank 2": va.LoHa(rank=2, alpha=3),
-    "SALT all and penalty": va.SALT(top=1.0, regularizer=0.1),
+    "SALT half and penalty": va.SALT(top=0.5, rank=2, regularizer=0.001),
     "Hydra sequential": va.Hydra(rank=0, sequential_rank=2, bias=False),
 }
 
