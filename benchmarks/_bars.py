@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks._group import Pair, Row
+from benchmarks._rows import Pair, Row
 
 TIMED = ("step", "infer")  # the columns that a busy machine spoils
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import _measure
-from benchmarks._group import Pair, Result, Row
+from benchmarks._rows import Pair, Result, Row
 
 RANK = 8
 VIT_B = [(768, 2304), (768, 768), (768, 3072), (3072, 768)] * 12  # (inputs, outputs) of the block Linears

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _bars
-from benchmarks._group import Pair, Result, Row
+from benchmarks._rows import Pair, Result, Row
 
 FILES: dict[str, type[Any]] = {"rows": Row, "pairs": Pair}
 

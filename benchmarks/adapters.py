@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("linear", "conv", "vit", "optimizer")
 PEERS = ("peft", "lycoris", "literal")
+CHATTER = ("USDT:", "ERROR:2", "[W")  # torch's profiler greets on every start, and misses a GPU it need not have
 
 
 def _list(text: str) -> list[str]:
@@ -120,12 +121,16 @@ def run_group(spec: dict[str, object], threads: int) -> dict[str, list[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "group.json"
         file.write_text(json.dumps(spec), encoding="utf-8")
-        counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        environment = {**os.environ, **counts, "KINETO_LOG_LEVEL": "5"}
+        counts = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+        environment = {**os.environ, **counts}
         command = [sys.executable, "-m", "benchmarks.adapters", "--group", str(file)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the group {spec} ended with status {done.returncode}")
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if not line.startswith(CHATTER) and line.strip():
+                    sys.stderr.write(line)
+        if process.returncode:
+            raise RuntimeError(f"the group {spec} ended with status {process.returncode}")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -192,7 +197,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure everything that was asked for; 1 where a group or one of our cases failed."""
     from benchmarks import _report
     from benchmarks._bars import judge
-    from benchmarks._group import Pair, Result, Row
+    from benchmarks._rows import Pair, Result, Row
 
     check(options)
     result, failed, about = Result(), False, facts(options)

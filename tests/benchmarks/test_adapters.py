@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from benchmarks import _bars, _cases, _equal, _measure, _report, adapters
-from benchmarks._group import Bench, Group, Pair, Result, Row, measure
+from benchmarks._group import Bench, Group, measure
 from benchmarks._hosts import Host, freeze
+from benchmarks._rows import Pair, Result, Row
 
 I, O, R = 64, 48, 8  # noqa: E741
 PEERS = ("peft", "lycoris", "literal")
