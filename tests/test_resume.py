@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
-from tests.training import Crash, CrashAt, TinyTask, train, weights
+from tests.training import Crash, CrashAt, Noisy, TinyTask, train, weights
+from visadapt.data.loader import ExactLoader
 
 SCRIPT = Path(__file__).with_name("training.py")
 
@@ -70,6 +72,23 @@ def test_averages_resume_exactly(tmp_path, batches):
     assert same(weights(whole), weights(resumed))
 
 
+def test_batches_do_not_depend_on_workers_or_on_the_global_state():
+    def batches(workers, start=0):
+        loader = ExactLoader(Noisy(10, train=True), 4, shuffle=True, seed=7, num_workers=workers)
+        loader.load_state_dict({"epoch": 1, "batches": start})
+        state = torch.get_rng_state()
+        found = [image for image, _ in loader]
+        assert torch.equal(state, torch.get_rng_state())  # augmentation leaves the model's dropout alone
+        return found
+
+    whole = batches(0)
+    torch.manual_seed(99)
+    assert all(torch.equal(a, b) for a, b in zip(whole, batches(2), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole[1:], batches(2, start=1), strict=True))
+    other = ExactLoader(Noisy(10, train=True), 4, shuffle=True, seed=7)
+    assert not torch.equal(next(iter(other))[0], whole[0])  # another epoch, another order
+
+
 def test_sigkill_with_workers(tmp_path):
     """A real kill with two workers; the resumed run has none, the batches are the same."""
     killed = run(tmp_path / "cut", "--workers", 2, "--kill-at", 5)
@@ -89,6 +108,27 @@ def test_sigterm_saves_and_says_where(tmp_path):
     resumed = train(tmp_path / "cut", resume=path)
     assert len(resumed.losses) == 18 - 5
     assert same(weights(whole), weights(resumed))
+
+
+class TermInValidation(L.Callback):
+    """SIGTERM in the middle of the first epoch's validation."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if not trainer.sanity_checking and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_during_validation(tmp_path, capsys):
+    whole = train(tmp_path / "whole", task=TinyTask(ema_decay=0.9))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train(tmp_path / "cut", TermInValidation(), task=TinyTask(ema_decay=0.9))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert "stopped by SIGTERM at step 9" in capsys.readouterr().err
+    resumed = train(tmp_path / "cut", resume=tmp_path / "cut" / "last.ckpt", task=TinyTask(ema_decay=0.9))
+    assert same(weights(whole), weights(resumed))
+    assert len(resumed.losses) == 9
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _local(tensor: Tensor) -> Tensor:
     """This process' shard, or the whole of an ordinary tensor; shares memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _whole(tensor: Tensor) -> Tensor:

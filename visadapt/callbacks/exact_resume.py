@@ -68,7 +68,7 @@ class ExactResume(L.Callback):
         """
         progress = trainer.fit_loop.epoch_progress
         for counts in (progress.current, progress.total):
-            counts.processed = counts.completed + 1  # what is always true here
+            counts.processed = counts.completed + 1  # type: ignore[attr-defined]  # always true here
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold the training's state."""
@@ -86,7 +86,7 @@ def random_state() -> dict[str, Any]:
     """State of the torch (CPU, current CUDA device), numpy and Python generators, safe for weights_only."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
-    words = torch.from_numpy(keys.astype(np.int64))
+    words = torch.from_numpy(keys.astype(np.int64))  # type: ignore[attr-defined]
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -113,9 +113,7 @@ class AtomicFiles(TorchCheckpointIO):
     a kill leaves half a file.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save to ``path``, whole or not at all; remote paths (``s3://…``) as Lightning does."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)

@@ -51,10 +51,10 @@ class LastCheckpoint(Checkpoint):
         """Save right after an optimiser step, where no accumulated gradient would be lost."""
         step = trainer.global_step
         due = step != self._saved and self.every_n_steps > 0 and step % self.every_n_steps == 0
-        if due and not trainer.fast_dev_run:
+        if due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save with the epoch counted as done."""
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)

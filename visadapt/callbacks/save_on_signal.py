@@ -60,8 +60,9 @@ class SaveOnSignal(Checkpoint):
     def _leave_if_asked(self, trainer: L.Trainer) -> None:
         if not self._agreed(trainer):
             return
-        saver = next((c for c in trainer.callbacks if isinstance(c, LastCheckpoint)), None) or LastCheckpoint()
-        path = saver.save(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        savers = [c for c in callbacks if isinstance(c, LastCheckpoint)] or [LastCheckpoint()]
+        path = savers[0].save(trainer)
         trainer.strategy.barrier("saved on SIGTERM")
         if trainer.is_global_zero:
             where = f"at step {trainer.global_step}; resume with --ckpt_path {path}"

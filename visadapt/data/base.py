@@ -32,9 +32,7 @@ class BaseData(L.LightningDataModule):
     class_names: Sequence[str] = ()
     transform: Callable[[Any], Any] | None = None  # set by a subclass that brings its own, for all stages
 
-    def __init__(
-        self, batch_size: int = 32, num_workers: int = 0, seed: int = 0, drop_last: bool = False
-    ) -> None:
+    def __init__(self, batch_size: int = 32, num_workers: int = 0, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -67,7 +65,7 @@ class BaseData(L.LightningDataModule):
 
     def loader(self, dataset: Dataset, train: bool = False) -> ExactLoader:
         """An exact loader over this process' share of ``dataset``; shuffled for training."""
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         return ExactLoader(
             dataset,
             self.batch_size,

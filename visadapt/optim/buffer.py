@@ -65,15 +65,17 @@ class Buffer:
         if not new:
             return
         self.skipped = [i for i in new if grads[i] is None]
-        if len(new) == len(grads) and not self.skipped:
+        present = [g for g in grads if g is not None]
+        if len(new) == len(present) == len(grads):
             for run, stacked in self.runs:
                 if stacked.dim() == 1:
-                    torch.stack(grads[run], out=stacked)
+                    torch.stack(present[run], out=stacked)
                 else:
-                    torch.cat(grads[run], out=stacked.flatten(0, 1))
+                    torch.cat(present[run], out=stacked.flatten(0, 1))
         else:
             for i in new:
-                self.grad_views[i].zero_() if grads[i] is None else self.grad_views[i].copy_(grads[i])
+                g = grads[i]
+                self.grad_views[i].zero_() if g is None else self.grad_views[i].copy_(g)
         for i in new:
             if grads[i] is not None:
                 self.parameters[i].grad = self.grad_views[i]

@@ -64,7 +64,8 @@ class BaseTask(L.LightningModule):
         self.schedule = schedule
         self.up_lr_ratio = up_lr_ratio
         self.ema_decay = ema_decay
-        self.model: nn.Module | None = None
+        self.base: dict[str, str] = {}
+        self.model: nn.Module = None  # type: ignore[assignment]  # made by configure_model
 
     # --- stated by tasks ---------------------------------------------------------------
     def build(self) -> nn.Module:
@@ -186,7 +187,7 @@ class BaseTask(L.LightningModule):
     def on_train_start(self) -> None:
         """After a resume: state comes from the checkpoint, hyper-parameters from the configuration."""
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs):
-            scheduler = schedule.scheduler
+            scheduler: Any = schedule.scheduler
             for i, (group, configured) in enumerate(zip(optimizer.param_groups, self._configured)):
                 group.update(configured)
                 group["initial_lr"] = scheduler.base_lrs[i] = configured["lr"]
@@ -212,9 +213,9 @@ class BaseTask(L.LightningModule):
         if self.trainer.checkpoint_callbacks:
             wanted += [ExactResume(), LastCheckpoint(), SaveOnSignal()]
         # Lightning takes the first checkpoint callback for the one that knows the best checkpoint.
-        self.trainer.callbacks.sort(key=lambda c: isinstance(c, LastCheckpoint | SaveOnSignal))
-        present = {type(c) for c in self.trainer.callbacks}
-        return [c for c in wanted if type(c) not in present]
+        present: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        present.sort(key=lambda c: isinstance(c, LastCheckpoint | SaveOnSignal))
+        return [c for c in wanted if type(c) not in set(map(type, present))]
 
     # --- checkpoints -------------------------------------------------------------------
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
