@@ -138,7 +138,7 @@ def _bars_table(result: Result) -> str:
             f"≤ {j.bar.must:g}",
             _number(j.value, 3),
             j.verdict,
-            j.bar.remark,
+            "; ".join(text for text in (j.bar.remark, j.bar.missed if j.verdict.startswith("missed") else "") if text),
         ]
         for j in judged
         if j.value is not None

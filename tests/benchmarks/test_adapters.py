@@ -253,7 +253,8 @@ def test_memory_bars_of_the_layers(host):
     result = measure(Group(host, "fp32", methods, PEERS, rounds=0))
     judged = [j for j in _bars.judge(result.rows, result.pairs) if j.value is not None and j.bar.dtype == "fp32"]
     assert judged
-    assert not [(j.bar.text, j.value, j.bar.must) for j in judged if j.value > j.bar.must * 1.01]
+    over = [j for j in judged if j.value > j.bar.must * 1.01]
+    assert not [(j.bar.text, j.value, j.bar.must) for j in over if not j.bar.missed]
 
 
 @pytest.mark.slow
