@@ -47,7 +47,7 @@ class Setting:
     domain: str = "inverted"
     source: str = "upright"
     shots: int = 10
-    steps: int = 400
+    steps: int = 300
 
 
 def rows(rank: int) -> list[Row]:
