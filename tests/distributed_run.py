@@ -27,7 +27,7 @@ METHODS = {
 def strategy(name):
     """By name; DDP also with gradients as views of its buckets."""
     if name == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     if name == "ddp views":
         return DDPStrategy(gradient_as_bucket_view=True)
     return name

@@ -32,8 +32,7 @@ class WaRA(LowRank):
         shared: one pair for all four sub-bands. With haar only every other row and column changes.
         activation: one pair for the sub-bands of the activations (first version's figure); with haar
             even and odd channels get the same update.
-    The second version's transform over the token grid, with one linear pair for all sub-bands, is
-    exactly LoRA (perfect reconstruction): use LoRA.
+    The second version's transform of the token grid with one linear pair is exactly LoRA: use LoRA.
 
     Args:
         rank: inner dimension of each pair.
@@ -51,8 +50,7 @@ class WaRA(LowRank):
     def build(self, layer: Site) -> None:
         """Create one pair of stacked factors per level, and the taps of its rows."""
         taps, self._offsets = synthesis_taps(self.wavelet)
-        fan_in, *self._kernel = layer.in_shape
-        self._sizes = [(layer.width, fan_in)]
+        self._sizes, self._kernel = [(layer.width, layer.in_shape[0])], layer.in_shape[1:]
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for level in range(self.levels):
             out, in_ = (math.ceil(n / 2) for n in self._sizes[-1])
@@ -80,8 +78,8 @@ class WaRA(LowRank):
     def refuse(self, layer: Site) -> str | None:
         """Unknown readings, depths and wavelets."""
         if self.mode not in MODES:
-            known = f"use one of {', '.join(MODES)}"
-            why = "with one linear pair it is LoRA exactly; use LoRA" if self.mode == "token_grid" else known
+            grid = self.mode == "token_grid"
+            why = "with one linear pair it is LoRA exactly; use LoRA" if grid else f"use one of {', '.join(MODES)}"
             return f"mode={self.mode!r}: {why}"
         if self.levels < 1 or (self.levels > 1 and self.mode != "subband"):
             return f"levels={self.levels}: at least 1, and more than 1 only with mode='subband'"

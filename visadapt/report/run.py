@@ -43,6 +43,7 @@ class RunReport(Callback):
         self.run_dir, self.name, self.images, self.samples = Path(run_dir), name, images, samples
         self.tensorboard_images = tensorboard_images
         self.history: list[dict[str, float]] = []
+        self._validated = False
         self.before: dict[str, list[int]] = {}
         self.seconds = 0.0
         self._steps: deque[float] = deque(maxlen=1000)
@@ -84,9 +85,16 @@ class RunReport(Callback):
         if isinstance(loss, torch.Tensor):
             self._loss, self._batches = self._loss + loss.detach(), self._batches + 1
 
+    def on_validation_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Remember that there are new values."""
+        self._validated = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Add a point to the curves; now and then a picture for TensorBoard."""
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k}
+        # Lightning keeps the values of the last validation until the next one.
+        stale = () if self._validated else ("val/",)
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k and not k.startswith(stale)}
+        self._validated = False
         if self._batches:
             values["train/loss"] = float(self._loss) / self._batches
         self._loss, self._batches = 0.0, 0

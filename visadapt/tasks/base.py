@@ -118,6 +118,8 @@ class BaseTask(L.LightningModule):
             self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
         if self._device_mesh is not None:
             shard(model, self._device_mesh["data_parallel"])
+            # A folder of shards would have to hold the frozen base as well; the trained tensors fit in one file.
+            self.trainer.strategy._save_distributed_checkpoint = False  # type: ignore[attr-defined]
         self.train(self.training)
 
     def train(self, mode: bool = True) -> BaseTask:

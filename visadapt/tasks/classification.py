@@ -125,7 +125,7 @@ class Classification(BaseTask):
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         super().configure_model()
-        self.test_confusion = MulticlassConfusionMatrix(self.num_classes)
+        self.test_confusion: Any = MulticlassConfusionMatrix(self.num_classes)
         if self.compiles and (model := self.model) is not None:
             model.compile()
 
