@@ -273,11 +273,15 @@ class ConvUpdate(_Update):
             grads: list[Tensor | None] = []
             grad_z: list[Tensor] = []
             for up, gain, rows, part_z in zip(ups, gains, ctx.rows, z.view(n, z.shape[1], -1).split(sizes, 1)):
-                part = g[:, _slice(rows)]
-                grad_up, grad_gain = torch.bmm(part, part_z.transpose(1, 2)).sum(0), None
-                if gain is not None:
-                    dots = (part * y.reshape(n, channels, -1)[:, _slice(rows)]).sum((0, 2))
-                    grad_gain = (dots if bias is None else dots - part.sum((0, 2)) * bias[_slice(rows)]) / gain
+                part, grad_gain = g[:, _slice(rows)], None
+                if gain is None:
+                    grad_up = torch.bmm(part, part_z.transpose(1, 2)).sum(0)
+                else:
+                    with_ones = torch.cat([part_z, z.new_ones(n, 1, part_z.shape[2])], 1)  # also gives Σ g
+                    grad_up, total = torch.bmm(part, with_ones.transpose(1, 2)).sum(0).split((up.shape[1], 1), 1)
+                    part_y = y.reshape(n, channels, -1)[:, _slice(rows)]
+                    dots = sum((a * b).sum(1) for a, b in zip(part, part_y))  # by image: in the cache
+                    grad_gain = (dots if bias is None else dots - total[:, 0] * bias[_slice(rows)]) / gain
                     grad_up, up = grad_up * gain[:, None], up * gain[:, None]
                 grad_z.append(torch.bmm(up.t().expand(n, -1, -1), part))
                 grads += [None, grad_up, grad_gain]
