@@ -13,9 +13,7 @@ from tests.methods.reference import HOSTS, close, compare, count, place, product
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(
-    ("method", "scale"), [(va.LoRA(rank=3), 1.0), (va.LoRA(rank=4, alpha=6, rslora=True), 3.0)]
-)
+@pytest.mark.parametrize(("method", "scale"), [(va.LoRA(rank=3), 1.0), (va.LoRA(rank=4, alpha=6, rslora=True), 3.0)])
 def test_equals_the_dense_formula(host, method, scale):
     compare(host, method, lambda w, b, p: (w + scale * product(p["up"], p["down"]), b))
 
@@ -34,9 +32,7 @@ def test_lora_fa_trains_up_alone():
     want = nn.functional.linear(x, weight, model[0].bias)
     close(y, want)
     probe = torch.randn_like(y)
-    for a, b in zip(
-        torch.autograd.grad(y, [x, adapter.up], probe), torch.autograd.grad(want, [x, adapter.up], probe)
-    ):
+    for a, b in zip(torch.autograd.grad(y, [x, adapter.up], probe), torch.autograd.grad(want, [x, adapter.up], probe)):
         close(a, b)
 
 
