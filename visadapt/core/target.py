@@ -182,7 +182,9 @@ def _no_overlap(found: list[Target]) -> None:
 def _no_match(model: nn.Module, pattern: str, body: str, candidates: Mapping[str, Any]) -> str:
     presets = {*PRESETS, *getattr(model, "adapter_presets", {})}
     layers = [n for n in candidates if _called(candidates[n], n)]
-    suffixes = {".".join(n.split(".")[i:]) for n in layers for i in range(len(n.split(".")))}
+    suffixes = {
+        ".".join(n.split(".")[i:]) for n in layers for i in range(len(n.split("."))) if not n.split(".")[i].isdigit()
+    }
     near = difflib.get_close_matches(body, sorted({*suffixes, *presets}), n=4, cutoff=0.5)
     near = near or sorted({re.sub(r"\d+", "*", n) for n in layers})[:6]
     hint = ", ".join(f"'{n}'" for n in near) or "no Linear or convolution at all"
