@@ -156,7 +156,7 @@ class CLI(LightningCLI):
         """Choose the run directory; point `predict` at the images of the command line."""
         command = str(self.subcommand)
         config = self.config[command]
-        files = option(sys.argv, "-c", "--config")
+        files = option(sys.argv[1:], "-c", "--config")
         made_by_run = config.get("adapter") or config.get("ckpt_path")
         chosen = config.get("run_dir")
         name = config["model"]["class_path"].rpartition(".")[2].lower()
@@ -184,7 +184,7 @@ class CLI(LightningCLI):
         bars = [c for c in trainer.get("callbacks") or () if isinstance(c, ProgressBar)]
         callbacks: list[Callback] = [] if bars or trainer.get("enable_progress_bar") is False else [Bar()]
         callbacks += [
-            RunReport(str(self.run_dir), rundir.config_name(option(sys.argv, "-c", "--config"))),
+            RunReport(str(self.run_dir), rundir.config_name(option(sys.argv[1:], "-c", "--config"))),
             PredictionReport(str(self.run_dir)),
         ]
         if config.get("adapter"):
@@ -272,7 +272,7 @@ def run() -> int:
     quiet()
     sys.path.append(os.getcwd())  # class_path: my_module.MyMethod
     try:
-        for file in yaml_files.files(sys.argv):
+        for file in yaml_files.files(sys.argv[1:]):
             yaml_files.check(file)
         import_plugins()
         CLI()
@@ -285,7 +285,7 @@ def run() -> int:
         ours = purposeful(error)
         if debug or ours is None:
             raise
-        told(ours, lambda quoted: yaml_files.where(quoted, sys.argv)).show(command)
+        told(ours, lambda quoted: yaml_files.where(quoted, sys.argv[1:])).show(command)
         if CLI.run_dir_now is not None:
             rundir.discard(CLI.run_dir_now)
         return 2
