@@ -1,7 +1,7 @@
 """y = gain ⊙ (W ∗ x + up · (down ∗ x)) + b on a frozen W: one autograd Function for every such update.
 
 Gradients (g = ∂L/∂y; matrix notation, the same with convolutions):
-    z = down x                 saved, (positions, r)
+    z = down x                 (positions, r); saved, or made in backward where the forward pass merges
     ∂up = gain ⊙ (gᵀ z)        ∂gain = Σ g ⊙ (y − b) / gain
     ∂z = g (gain ⊙ up)         ∂down = (∂z)ᵀ x        ∂x = g (gain ⊙ W) + (∂z) down
 Saved for backward: x (or what it can be recomputed from, core/lean.py), z, and the output y where

@@ -54,7 +54,7 @@ class DoRA(WeightMap):
 
     @property
     def scale(self) -> float:
-        """S."""
+        """The factor s."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def new_weight(self, weight: Tensor) -> Tensor:

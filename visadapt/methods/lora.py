@@ -42,7 +42,7 @@ class LoRA(LowRank):
 
     @property
     def scale(self) -> float:
-        """S."""
+        """The factor s."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank**0.5 if self.rslora else self.rank)
 
