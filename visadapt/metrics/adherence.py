@@ -47,8 +47,8 @@ class Judge(nn.Module):
         outputs["shape"] += 1
         self.heads = nn.ModuleDict({name: nn.Linear(2 * before, count) for name, count in outputs.items()})
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits of every head: (B, classes) of what is named, (B,) of what is present.
+    def describe(self, images: Tensor) -> Tensor:
+        """Features (B, 2 · last width) that the heads read: means and maxima of the last maps.
 
         Args:
             images: (B, 3, H, W) in [-1, 1]; other sizes than 32 × 32 are resized.
@@ -56,7 +56,11 @@ class Judge(nn.Module):
         if images.shape[-2:] != (SIDE, SIDE):
             images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
         maps = self.features(images)
-        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits of every head: (B, classes) of what is named, (B,) of what is present; images as for `describe`."""
+        pooled = self.describe(images)
         found = {name: head(pooled) for name, head in self.heads.items()}
         return found | {name: found[name][:, 0] for name in PRESENT}
 
