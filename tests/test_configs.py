@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.tiny_diffusion import tiny_pipeline
+from visadapt.backbones.sd_layout import SHIPPED
 from visadapt.cli.main import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -19,9 +21,9 @@ SMALL = [
     "--data.batch_size=8",
 ]
 FOLDER = CONFIGS / "classification" / "vit_b16_lora_folder.yaml"
-MAPS = CONFIGS / "segmentation" / "railway_10shot.yaml"
-STACKED = {"vit_b16_probe_folder.yaml": FOLDER, "vit_b16_full_folder.yaml": FOLDER}
-STACKED |= {row.name: MAPS for row in (CONFIGS / "segmentation" / "rows").glob("*.yaml")}
+ROWS = {"segmentation": "railway_10shot.yaml", "text_to_image": "subject.yaml"}
+STACKED = {FOLDER.with_name(f"vit_b16_{what}_folder.yaml"): FOLDER for what in ("probe", "full")}
+STACKED |= {row: CONFIGS / task / under for task, under in ROWS.items() for row in CONFIGS.glob(f"{task}/rows/*.yaml")}
 SMALL_MAPS = ["--data.train_size=24", "--data.val_size=2", "--data.test_size=2", "--data.batch_size=2"]
 SMALL_SAM = ["--model.backbone.name=tiny_sam", "--model.backbone.img_size=128", "--data.shots=4"]
 
@@ -48,14 +50,37 @@ def maps(tmp_path):
     return tmp_path / "maps"
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_trains(config, images, maps, tmp_path, monkeypatch):
+@pytest.fixture
+def photos(images):
+    """The same pictures with a caption each."""
+    for path in images.rglob("*.png"):
+        path.with_suffix(".txt").write_text(f"a photo of a {path.parent.name}")
+    return images
+
+
+def diffusion(config, photos, tmp_path):
+    """Options for a small base; the shipped one has its own configurations."""
+    options = ["--model.preview.steps=1"]
+    if not config.stem.endswith("folder"):
+        if not (SHIPPED / "model_index.json").is_file():
+            pytest.skip("the tiny Stable Diffusion has not been trained yet")
+        return options
+    base = tiny_pipeline(tmp_path / "base", "sdxl" if "sdxl" in config.stem else "sd")
+    small = ["--data.resolution=32", "--data.bucket_step=8", "--data.num_workers=0"]
+    return [*options, *small, f"--model.backbone.name={base}", f"--data.root={photos}"]
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS))[:-5])
+def test_a_configuration_trains(config, photos, maps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["visadapt"])
-    files = [STACKED[config.name], config] if config.name in STACKED else [config]
-    extra = {"classification": [*SMALL, f"--data.root={images}"], "segmentation": SMALL_MAPS, "rows": SMALL_MAPS}
+    files = [STACKED[config], config] if config in STACKED else [config]
+    extra = {"classification": [*SMALL, f"--data.root={photos}"], "segmentation": SMALL_MAPS}
     if config.name == "vit_b_folder.yaml":
         extra["segmentation"] = [*SMALL_SAM, f"--data.root={maps}"]
+    task = config.relative_to(CONFIGS).parts[0]
+    if task == "text_to_image":
+        extra[task] = diffusion(config, photos, tmp_path)
     verb = "test" if config.name == "oracle.yaml" else "fit"  # nothing in it trains
-    options = [*(f"--config={file}" for file in files), *extra.get(config.parent.name, []), *QUICK]
+    options = [*(f"--config={file}" for file in files), *extra.get(task, []), *QUICK]
     assert main([verb, *options]) in (0, None)

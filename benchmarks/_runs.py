@@ -1,0 +1,78 @@
+"""Runs of ``visadapt`` that a table is made of: each is made once, several at a time, and read from its folder."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def command(verb: str, configs: Iterable[Path], seed: int, folder: Path, rate: float | None = None) -> list[str]:
+    """Command line of one run; a ``rate`` replaces the configuration's, a configuration that is not there is left."""
+    changed = [] if rate is None else [f"--model.optimizer.init_args.lr={rate}"]
+    stacked = [f"--config={config}" for config in configs if config.exists()]
+    seeds = [f"--seed_everything={seed}", f"--data.seed={seed}"]
+    return [sys.executable, "-m", "visadapt", verb, *stacked, *seeds, f"--run_dir={folder}", *changed]
+
+
+def make(line: list[str], done: Path, jobs: int) -> None:
+    """Run a command line that leaves the file ``done``, unless it is there."""
+    if done.exists():
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    made = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if made.returncode:
+        raise SystemExit(f"{' '.join(line)}\n{made.stdout[-2000:]}\n{made.stderr[-2000:]}")
+    print(done.parent, flush=True)
+
+
+def metric(folder: Path, name: str) -> float:
+    """Last value of a metric in a run's metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)][-1]
+
+
+def each(make_one: Callable[..., T], jobs: int, arguments: Sequence[tuple]) -> list[T]:
+    """Results of all calls in their order, so many at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(make_one, *one) for one in arguments]
+        return [one.result() for one in running]
+
+
+def search(
+    task: str, rows: dict[str, str], rates: Sequence[float], jobs: int, tried: Callable[[str, float], str]
+) -> str:
+    """Markdown: what ``tried`` says of each row (name → title) at each learning rate."""
+    values = each(tried, jobs, [(row, rate) for row in rows for rate in rates])
+    lines = [f"| {task} | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
+    for number, title in enumerate(rows.values()):
+        lines.append(f"| {title} | {' | '.join(values[number * len(rates) : (number + 1) * len(rates)])} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean, and the standard deviation where there are several values; empty without any."""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}" if values else ""
+
+
+def parser(text: str | None, tasks: Sequence[str], rows: Sequence[str], name: str) -> argparse.ArgumentParser:
+    """The options that tables of runs share; ``name`` is that of the folder of runs and of the result."""
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--tasks", nargs="+", default=list(tasks), choices=tasks)
+    found.add_argument("--rows", nargs="+", default=list(rows), choices=rows)
+    found.add_argument("--seeds", type=int, default=3)
+    found.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    found.add_argument("--rates", type=lambda t: [float(x) for x in t.split(",")], help="compare learning rates only")
+    found.add_argument("--runs", type=Path, default=Path("runs") / name, help="folder of the single runs")
+    found.add_argument("--out", type=Path, default=Path("docs/results") / name)
+    return found
