@@ -14,7 +14,7 @@ from benchmarks import literal
 from benchmarks._hosts import Host, freeze, share
 
 RANK = 8
-METHODS = ("LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "SALT", "Hydra", "SSF")
+METHODS = ("LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "LoKr", "SALT", "Hydra", "SSF")
 SALT_TOP = 0.75  # of the singular values are scaled and shifted, the rest get the low-rank block
 
 
@@ -201,6 +201,9 @@ def recipes(method: str, host: Host, dtype: torch.dtype, peers: tuple[str, ...])
             found.append(peft("LoraConfig", "half adapters", cast=False, lora_alpha=RANK, use_dora=True))
     elif method == "LoHa":
         found += [peft("LoHaConfig", alpha=RANK), lycoris("LohaModule")]
+    elif method == "LoKr":
+        found += [peft("LoKrConfig", alpha=RANK), lycoris("LokrModule")]
+        found.append(lycoris("LokrModule", "bypass", bypass_mode=True))
     elif method == "FLoRA":
         found.append(dense("FLoRA"))
         if conv:

@@ -21,6 +21,7 @@ TOLERANCE = 1e-10  # float64 products of a few thousand terms agree to about 1e-
 _PEFT = {"down": r"lora_A\.default\.weight", "up": r"lora_B\.default\.weight"}
 _LOCON = {"down": r"lora_down\.weight", "up": r"lora_up\.weight"}
 _HADA = {"up1": "w1_a", "down1": "w1_b", "up2": "w2_a", "down2": "w2_b"}
+_LOKR = {"left": "w1", "up": "w2_a", "down": "w2_b", "whole": "w2"}
 _AXES = {f"axis{k}": rf"axes\.{k}" for k in (0, 1)}
 _BRANCHES = [
     (f"{branch}_{end}{bias}", f"{prefix}{end}{bias}")
@@ -46,6 +47,9 @@ NAMES: dict[tuple[str, str], dict[str, str]] = {
     ("LoHa", "visadapt"): _ours(up1="up_a", down1="down_a", up2="up_b", down2="down_b"),
     ("LoHa", "peft"): {name: rf"hada_{end}\.default" for name, end in _HADA.items()},
     ("LoHa", "lycoris"): {name: f"hada_{end}" for name, end in _HADA.items()},
+    ("LoKr", "visadapt"): _ours(left="left", up="right_up", down="right_down", whole="right"),
+    ("LoKr", "peft"): {name: rf"lokr_{end}\.default" for name, end in _LOKR.items()},
+    ("LoKr", "lycoris"): {name: f"lokr_{end}" for name, end in _LOKR.items()},
     ("FLoRA", "visadapt"): _ours(core="core", up="up", inner="inner", **_AXES),
     ("FLoRA", "literal"): {"core": "core", "up": "up", "inner": "inner", **_AXES},
     ("WaRA", "visadapt"): _ours(**dict(_LEVELS)),

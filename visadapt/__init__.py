@@ -28,7 +28,7 @@ _HOME = {
     **dict.fromkeys(["compose"], "visadapt.interop.compose"),
     **dict.fromkeys(["Zip"], "visadapt.core.zip"),
     **dict.fromkeys(
-        ["METHODS", "LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "SALT", "Hydra", "SSF", "B4M"], "visadapt.methods"
+        ["METHODS", "LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "LoKr", "SALT", "Hydra", "SSF", "B4M"], "visadapt.methods"
     ),
 }  # fmt: skip
 
@@ -46,6 +46,7 @@ __all__ = [
     "FeatureMap",
     "Hydra",
     "LoHa",
+    "LoKr",
     "LoRA",
     "LowRank",
     "WaRA",
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
     from visadapt.core.zip import Zip
     from visadapt.interop import export, load
     from visadapt.interop.compose import compose
-    from visadapt.methods import B4M, METHODS, SALT, SSF, DoRA, FLoRA, Hydra, LoHa, LoRA, WaRA
+    from visadapt.methods import B4M, METHODS, SALT, SSF, DoRA, FLoRA, Hydra, LoHa, LoKr, LoRA, WaRA
 
 
 def __getattr__(name: str) -> Any:
