@@ -29,7 +29,8 @@ def load_clip(folder: str) -> tuple[Any, Any]:
         raise ImportError(f"CLIP needs transformers: pip install 'visadapt[diffusion]' ({error})") from error
     place = str(Path(folder).expanduser())
     try:
-        model = CLIPModel.from_pretrained(place, local_files_only=True)
+        with torch.random.fork_rng(devices=[]):
+            model = CLIPModel.from_pretrained(place, local_files_only=True)
         processor = CLIPProcessor.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

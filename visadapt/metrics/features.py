@@ -48,10 +48,11 @@ class Extractor:
             FileNotFoundError: There are no such weights.
             ValueError: timm knows no such model, or the weights are another's.
         """
-        if self.name == JUDGE:
-            network = judge()
-            return FeatureNet(network, lambda images: network.describe(images * 2 - 1), JUDGE)
-        return _timm(self.name, _weights(Path(self.checkpoint or "").expanduser()))
+        with torch.random.fork_rng(devices=[]):  # layers draw weights before they get theirs
+            if self.name == JUDGE:
+                network = judge()
+                return FeatureNet(network, lambda images: network.describe(images * 2 - 1), JUDGE)
+            return _timm(self.name, _weights(Path(self.checkpoint or "").expanduser()))
 
 
 class FeatureNet(nn.Module):

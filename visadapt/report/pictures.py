@@ -14,6 +14,7 @@ from torch import Tensor
 from visadapt.data.loader import ExactLoader
 from visadapt.report import evaluate, results, tiles
 from visadapt.report.kind import Kind
+from visadapt.tasks.measures import Measuring, key
 
 SIDE = 160  # pixels of a picture in the grid
 MOST = 256  # larger ones are kept at this side: those of the base travel in every checkpoint
@@ -34,6 +35,8 @@ class Pictures(Kind):
     def look(self, trainer: Any, task: Any) -> dict[str, Any]:
         """The base's pictures and its validation loss."""
         found: dict[str, Any] = {"pictures": self._render(trainer, task)}
+        if task.measures is not None and not trainer.fast_dev_run:  # which writes no report
+            found["measures"], found["features"] = self._measure(trainer, task, base=True)
         loss = self._loss(trainer, task)
         return found | ({} if loss is None else {"loss": loss})
 
@@ -42,7 +45,22 @@ class Pictures(Kind):
         self.after = self._render(trainer, task)
         loss, where = self._loss(trainer, task), results.domain(trainer)
         figures = {f"loss before, {where}": self.before["loss"]} if "loss" in self.before else {}
-        return figures | ({} if loss is None else {f"loss after, {where}": loss})
+        figures |= {} if loss is None else {f"loss after, {where}": loss}
+        if task.measures is None:
+            return figures
+        after, base = self._measure(trainer, task)[0], self.before.get("measures", {})
+        logged = {key(name): value for name, value in after.items()}
+        logged |= {f"{key(name)}_base": value for name, value in base.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, trainer.global_step)
+        for name, value in after.items():
+            figures |= {f"{name}, before": base[name], f"{name}, after": value} if name in base else {name: value}
+        return figures
+
+    def _measure(self, trainer: Any, task: Any, base: bool = False) -> tuple[dict[str, float], Tensor | None]:
+        """Figures of the renders, and features of those of the other prompts; what the base has is in ``before``."""
+        with trainer.precision_plugin.forward_context(), evaluate.evaluating(task):
+            return Measuring(task, trainer.datamodule)(self.before.get("features"), base)
 
     def levels(self, figures: dict[str, float]) -> dict[str, float]:
         """The loss before adaptation."""

@@ -37,7 +37,7 @@ def save(fig: Figure, path: str | Path, dpi: int = 130) -> None:
 
 def is_share(name: str) -> bool:
     """Whether a metric of that name lies between 0 and 1."""
-    return re.search(r"acc|(^|[^a-z])m?iou|dice|precision|recall", name.lower()) is not None
+    return re.search(r"acc|(^|[^a-z])m?iou|dice|precision|recall|^share", name.lower()) is not None
 
 
 def learning_curves(history: Sequence[dict[str, float]], baselines: dict[str, float] | None = None) -> Figure:

@@ -23,6 +23,7 @@ from visadapt.core.train import penalty
 from visadapt.data.loader import mixed_seed
 from visadapt.losses import diffusion as dm
 from visadapt.optim.schedule import Schedule
+from visadapt.tasks import measures as ms
 from visadapt.tasks.base import DEFAULT_SCHEDULE, BaseTask, Stage
 from visadapt.tasks.diffusion_options import Loss, Noise, Preview
 
@@ -48,6 +49,7 @@ class TextToImage(BaseTask):
         noise: Noise and times of training.
         loss: The training loss.
         preview: Pictures of a run.
+        measures: Figures of rendered pictures at the end of a run, beside the base's; null is off.
         caption_dropout: Share of samples that train without caption, for classifier-free guidance.
         val_times: Times at which the validation loss looks at each sample.
         seed: Source of times, noise and dropped captions.
@@ -69,6 +71,7 @@ class TextToImage(BaseTask):
         noise: Noise = DEFAULT_NOISE,
         loss: Loss = DEFAULT_LOSS,
         preview: Preview = DEFAULT_PREVIEW,
+        measures: ms.Measures | None = None,
         caption_dropout: float = 0.0,
         val_times: int = 4,
         seed: int = 0,
@@ -85,7 +88,7 @@ class TextToImage(BaseTask):
             raise ValueError(f"model.val_times: {val_times}; at least 1 is needed")
         self.backbone = backbone
         self.what, self.tokens = train, list(tokens or [])
-        self.noise, self.loss, self.preview = noise, loss, preview
+        self.noise, self.loss, self.preview, self.measures = noise, loss, preview, measures
         self.caption_dropout, self.val_times, self.seed = caption_dropout, val_times, seed
         self._null: dict[str, Tensor] = {}
 
@@ -232,6 +235,12 @@ class TextToImage(BaseTask):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same of the test data."""
         self._evaluate(batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Report what ``measures`` asks for, unless this is the validation of a fit."""
+        ms.report(self)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def _evaluate(self, batch: dict[str, Any], batch_idx: int, stage: Stage) -> None:
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", len(batch["captions"]))
