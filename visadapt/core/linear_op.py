@@ -112,6 +112,8 @@ class _Update(torch.autograd.Function):
         if not ctx.train_down:  # LoRA-FA: only the shape of x is needed
             made, ctx.made, x = None, None, x.new_empty(1).expand(x.shape)
         kept = (x,) if made is None else made.sources
+        if made is not None:
+            made.sources = ()  # kept by autograd alone, which lets go of them in backward
         ctx.count = len(kept)
         ctx.save_for_backward(*kept, y if any(gain is not None for gain in rest[5::3]) else None, *rest)
 
@@ -293,6 +295,5 @@ class ConvUpdate(_Update):
                 grads[0::3] = grad_down.split(sizes, axis)
             if need_x:
                 gained = _gained(weight.transpose(0, axis), gains, ctx.rows).transpose(0, axis)
-                shape_only = x.new_empty(1).expand(x.shape)  # the gradient for x needs only its shape
-                grad_x = grad_x.add_(conv.backward(grad, shape_only, gained, [True, False, False])[0])
+                grad_x = grad_x.add_(conv.backward_input(grad, x.shape, gained))
             return None, None, None, grad_x if need_x else None, None, grad_bias, *grads

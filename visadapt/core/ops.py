@@ -90,6 +90,12 @@ class Conv:
             self.output_padding, self.groups, mask,
         )  # fmt: skip
 
+    def backward_input(self, grad: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
+        """The gradient for an input of that shape, which is all that it depends on."""
+        # Never read. On a CPU a dense tensor costs no page, where an expanded one would be copied out.
+        x = grad.new_empty(shape) if grad.device.type == "cpu" else grad.new_empty(1).expand(shape)
+        return self.backward(grad, x, weight, [True, False, False])[0]
+
 
 def prepare(layer: _ConvNd, x: Tensor, output_size: list[int] | None = None) -> tuple[Conv, Tensor]:
     """A convolution and its input, batched, with padding modes other than zeros applied."""
