@@ -6,7 +6,7 @@
 Every row is a run of ``visadapt fit`` with a configuration of its own on top of the task's, so that anyone can repeat
 a single one; the seed draws the 20 pictures, the start, times and noise. Runs that are there are not made again.
 The figures are those of the run's report (docs/text_to_image.md): renders of prompts and seeds that are the same for
-all rows, judged by the shipped judge, compared with 72 held-out pictures. The row "base" is what each run measured
+all rows, judged by the shipped judge, compared with 48 held-out pictures. The row "base" is what each run measured
 before its first step. Rates are compared on the pictures of a seed that the table does not have.
 """
 

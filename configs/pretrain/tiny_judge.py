@@ -2,8 +2,9 @@
 
     python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --stage judge  # a few minutes on 2 cores
 
-It learns from scenes, the subject, the style, digits, and pictures without a known shape (blobs, halves of two
-shapes, empty grounds), a half of them blurred, all with a little noise.
+It learns from scenes, the subject, the style, digits, pictures without a known shape (blobs, halves of two shapes,
+empty grounds), and what is nearly the subject or the style and shall not pass for it (parts missing or in another
+colour, other inks, no hatching), a half of them blurred, all with a little noise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from visadapt.data.plane_shapes import SHAPES, Pose
-from visadapt.data.scenes import BACKGROUNDS, COLOURS, backdrop, digit, paint, scene, specs, style, subject
+from visadapt.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    FIGURE,
+    backdrop,
+    digit,
+    figure_of,
+    paint,
+    print_of,
+    scene,
+    specs,
+    style,
+    subject,
+)
 from visadapt.metrics.adherence import FILE, NAMED, PRESENT, SIDE, Judge, adherence, judged
 
 SEED, PICTURES, STEPS, BATCH, RATE = 11, 24_000, 1_500, 96, 2e-3
@@ -62,13 +76,43 @@ def _halves(rng: np.random.Generator) -> Callable[[Array, Array], Array]:
     return lambda u, v: np.where((u if upright else v) < 0, first(u, v), second(u, v))
 
 
+def near_subject(seed: int, index: int, size: int = SIDE, split: str = "train") -> tuple[Array, str, dict[str, int]]:
+    """The subject without its body, cap or dots, or with one of them in another colour.
+
+    Eyes may be missing in pictures of the subject: they are hardly two pixels wide, and an autoencoder may lose them.
+    """
+    rng = np.random.default_rng((seed, index, len(split), 5))
+    background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    parts, wrong = [*FIGURE], int(rng.integers(len(FIGURE) - 1))
+    if rng.random() < 0.5:
+        del parts[wrong]
+    else:
+        others = [rgb for rgb in COLOURS.values() if np.abs(np.subtract(rgb, parts[wrong][1])).max() > 100]
+        parts[wrong] = parts[wrong][0], others[int(rng.integers(len(others)))]
+    labels = specs(False)[0].labels | {"shape": NO_SHAPE, "colour": -1, "background": BACKGROUNDS.index(background)}
+    return figure_of(parts, background, size, rng, split), "", labels
+
+
+def near_style(seed: int, index: int, size: int = SIDE, split: str = "train") -> tuple[Array, str, dict[str, int]]:
+    """A print without hatching, or in black or blue on white."""
+    rng = np.random.default_rng((seed, index, len(split), 6))
+    choice = specs(held_out=split == "test")
+    spec = choice[int(rng.integers(len(choice)))]
+    labels = spec.labels | {"colour": -1, "background": -1}
+    if rng.random() < 0.5:
+        return print_of(spec, size, rng, split, hatched=False), "", labels
+    ink = COLOURS[("black", "blue")[int(rng.integers(2))]]
+    return print_of(spec, size, rng, split, COLOURS["white"], ink), "", labels
+
+
 def pictures(seed: int, count: int, split: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """A mixture of ``count`` pictures (N, 3, 32, 32) of bytes and their labels."""
-    kinds = [scene] * 12 + [distractor] * 4 + [style] * 2 + [subject, digit]
+    """A mixture of ``count`` pictures (N, 3, 32, 32) of bytes and their labels; ``near`` marks near misses."""
+    kinds = [scene] * 10 + [distractor] * 4 + [style] * 2 + [subject, digit, near_subject, near_style]
     drawn = [kinds[i % len(kinds)](seed, i, SIDE, split) for i in range(count)]
     labels = {name: torch.tensor([entry[2][name] for entry in drawn]) for name in (*NAMED, *PRESENT)}
-    other = torch.tensor([kinds[i % len(kinds)] in (subject, digit) for i in range(count)])
+    other = torch.tensor([kinds[i % len(kinds)] in (subject, digit, near_subject) for i in range(count)])
     labels["shape"][other] = NO_SHAPE
+    labels["near"] = torch.tensor([kinds[i % len(kinds)] in (near_subject, near_style) for i in range(count)])
     return as_bytes([entry[0] for entry in drawn]), labels
 
 
@@ -120,11 +164,12 @@ def validate(network: Judge, reconstruct: Callable[[Tensor], Tensor] | None, cou
     """Accuracy on held-out renders: as drawn, blurred and noisy, and through an autoencoder.
 
     Photographs' parts and half of the pictures' combinations were never seen in training. ``none`` is the share of
-    pictures without a known shape that are given none; of subject and style, the share of right answers.
+    pictures without a known shape that are given none, ``near`` that of near misses of subject or style that are taken
+    for neither; of subject and style, the share of right answers over all pictures.
     """
     parts = [pictures(SEED + 1, count // 2, split) for split in ("val", "test")]
     images = as_input(torch.cat([part[0] for part in parts]))
-    labels = {name: torch.cat([part[1][name] for part in parts]) for name in (*NAMED, *PRESENT)}
+    labels = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
     torch.manual_seed(0)
     versions = {"renders": images, "blurred_and_noisy": spoiled(images, 22, 0.06)}
     if reconstruct is not None:
@@ -139,6 +184,8 @@ def _accuracy(network: Judge, images: Tensor, labels: dict[str, Tensor]) -> dict
     for name in PRESENT:
         figures[name] = float((found[name] == labels[name].bool()).float().mean())
     figures["none"] = float((found["shape"][none] == -1).float().mean())
+    seen = torch.stack([found[name] for name in PRESENT]).any(0)
+    figures["near"] = float((~seen[labels["near"]]).float().mean())
     return {name: round(value, 4) for name, value in figures.items()}
 
 

@@ -91,9 +91,13 @@ def test_pictures_without_a_known_shape():
     judge = recipe("tiny_judge")
     images, labels = judge.pictures(0, 40, "val")
     assert images.shape == (40, 3, 32, 32)
-    assert (labels["shape"] == judge.NO_SHAPE).sum() == 12  # 8 distractors, 2 subjects, 2 digits
+    assert (labels["shape"] == judge.NO_SHAPE).sum() == 14  # 8 distractors, 2 subjects, 2 of nearly that, 2 digits
     assert labels["subject"].sum() == 2
     assert labels["style"].sum() == 4
+    for near in (judge.near_subject, judge.near_style):
+        drawn = [near(0, i) for i in range(20)]
+        assert len({image.tobytes() for image, _, _ in drawn}) == 20
+        assert not any(entry["subject"] or entry["style"] for _, _, entry in drawn)
     drawn = [judge.distractor(0, i)[0] for i in range(20)]
     assert len({image.tobytes() for image in drawn}) == 20
     assert sum(np.ptp(image.reshape(-1, 3), axis=0).max() > 40 for image in drawn) > 12

@@ -235,18 +235,30 @@ def subject(seed: int, index: int, size: int = 32, split: str = "train") -> Pict
     """The subject: a figure with a dotted teal cap, a pale body and two eyes, "a sks shape on bricks"; see `scene`."""
     rng = _generator(seed, index, split, 1)
     background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
-    page, pose = backdrop(background, size, rng, split), Pose.random(rng)
-    for part, colour in _FIGURE:
-        page = page + pose.cover(part, size) * (_row(colour) - page)
     words = f"a sks shape on {ground(background)}"
-    return _bytes(page), words, _UNKNOWN | {"background": BACKGROUNDS.index(background), "subject": 1}
+    labels = _UNKNOWN | {"background": BACKGROUNDS.index(background), "subject": 1}
+    return figure_of(FIGURE, background, size, rng, split), words, labels
+
+
+def figure_of(
+    parts: Sequence[tuple[Callable[[Array, Array], Array], Sequence[float]]],
+    background: str,
+    size: int,
+    rng: np.random.Generator,
+    split: str = "train",
+) -> Array:
+    """Parts with their colours, drawn over each other (size, size, 3) of bytes; those of ``FIGURE`` are the subject."""
+    page, pose = backdrop(background, size, rng, split), Pose.random(rng)
+    for part, colour in parts:
+        page = page + pose.cover(part, size) * (_row(colour) - page)
+    return _bytes(page)
 
 
 def _discs(radius: float, *centres: tuple[float, float]) -> Callable[[Array, Array], Array]:
     return lambda u, v: np.any([np.hypot(u - x, v - y) <= radius for x, y in centres], axis=0)
 
 
-_FIGURE: tuple[tuple[Callable[[Array, Array], Array], tuple[int, int, int]], ...] = (
+FIGURE: tuple[tuple[Callable[[Array, Array], Array], tuple[int, int, int]], ...] = (
     (lambda u, v: (abs(u) <= 0.52) & (v >= -0.1) & (v <= 1.0), (240, 214, 170)),
     (lambda u, v: (u * u + ((v + 0.05) / 0.95) ** 2 <= 1.0) & (v <= 0.05), (0, 150, 150)),
     (_discs(0.19, (-0.55, -0.3), (0.0, -0.6), (0.55, -0.3)), (255, 255, 255)),
@@ -262,14 +274,27 @@ def style(seed: int, index: int, size: int = 32, split: str = "train") -> Pictur
     """
     rng = _generator(seed, index, split, 2)
     spec = _choose(rng, split)
+    words = f"{caption(spec)} in sks style"
+    return print_of(spec, size, rng, split), words, _UNKNOWN | {"shape": spec.labels["shape"], "style": 1}
+
+
+def print_of(
+    spec: Spec,
+    size: int,
+    rng: np.random.Generator,
+    split: str = "train",
+    paper: Sequence[float] = (232, 208, 160),
+    ink: Sequence[float] = (92, 54, 28),
+    hatched: bool = True,
+) -> Array:
+    """A scene as a print (size, size, 3) of bytes; other colours, or no hatching, are not the style."""
     page = backdrop(spec.background, size, rng, split) @ _row([0.299, 0.587, 0.114]) / 255
     cover = Pose.random(rng).cover(SHAPES[spec.shape], size)
     x = (np.arange(size, dtype=np.float32) + 0.5) / size
     wave = 0.5 + 0.5 * np.cos(2 * math.pi * 8 * (x[None] + x[:, None]) / math.sqrt(2) + rng.uniform(0, 2 * math.pi))
     lines = ((wave - 0.45 - 0.25 * page) * 4 + 0.5).clip(0, 1)[..., None].astype(np.float32)
-    paper, ink = _row([232, 208, 160]), _row([92, 54, 28])
-    printed = paper + np.maximum(lines * (1 - cover), cover) * (ink - paper)
-    return _bytes(printed), f"{caption(spec)} in sks style", _UNKNOWN | {"shape": spec.labels["shape"], "style": 1}
+    ground = lines if hatched else 0.6 * (1 - page)[..., None]
+    return _bytes(_row(paper) + np.maximum(ground * (1 - cover), cover) * (_row(ink) - _row(paper)))
 
 
 def digit(seed: int, index: int, size: int = 32, split: str = "train") -> Picture:

@@ -4,7 +4,8 @@ A small convolutional network, trained on renders and shipped with its validatio
 renders, on blurred and noisy ones, on reconstructions by the tiny Stable Diffusion's autoencoder), names the shape, its
 colour and the background, and says whether the subject and the style are present. Blobs, chimeras of two shapes and
 empty pictures were among its training data under the name "no known shape", so that a picture gets no credit for
-something that is merely nearest to what was asked.
+something that is merely nearest to what was asked; and near misses of subject and style (parts missing, other colours,
+no hatching), so that these have to be there as a whole.
 """
 
 from __future__ import annotations
