@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import types
 import typing
 from dataclasses import asdict, fields
@@ -12,15 +11,15 @@ from typing import Any
 
 from benchmarks import _bars
 from benchmarks._rows import Pair, Result, Row
+from visadapt.core.files import replacing
 
 FILES: dict[str, type[Any]] = {"rows": Row, "pairs": Pair}
 
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def _csv(lines: list[dict[str, Any]], header: list[str]) -> str:

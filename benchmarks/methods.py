@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks._fewshot import BATCH, TARGETS, Job, Row, Setting, accuracy, build, data, rows, run
+from visadapt.core.files import replacing
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -105,15 +106,13 @@ def markdown(results: Sequence[Result], about: Sequence[str]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: Path, results: Sequence[Result], about: Sequence[str]) -> None:
     """One line per row and seed, with the command and the commit."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "accuracy", "source_off", "parameters", "lr", "seconds", "command", "commit"])
         for result in results:
@@ -121,7 +120,6 @@ def write_csv(path: Path, results: Sequence[Result], about: Sequence[str]) -> No
                 seconds = result.seconds[seed] if result.seconds else ""
                 figures = [share, result.source_off, result.parameters, result.lr, seconds]
                 writer.writerow([result.row, seed, *figures, about[0], about[1]])
-    os.replace(temporary, path)
 
 
 def commit() -> str:

@@ -68,6 +68,7 @@ def test_frozen_model_is_the_unit():
         ("FLoRA", R * R + R * (I + O)),
         ("WaRA", 4 * R * (I + O) // 2),
         ("LoHa", 2 * R * (I + O)),
+        ("LoKr", 6 * 8 + 8 * 8),  # both factors whole: the rank is half of the larger one's sides
         ("SALT", 2 * 36 + 2 * 12 * R),  # three quarters of 48 singular values are scaled and shifted
         ("Hydra", R * (I + O) + 2 * R * O + 2 * (R + O)),
         ("SSF", 2 * O),
@@ -175,7 +176,7 @@ def test_stored_figures_come_back_and_print_as_markdown(tmp_path, capsys):
     facts, result = {"command": "python -m benchmarks.adapters | tee", "commit": "abc"}, example()
     _report.store(tmp_path, facts, result)
     assert _report.load(tmp_path) == (facts, result)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.tmp"))
     assert adapters.main(["table", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.rstrip("\n") == (tmp_path / "adapters.md").read_text(encoding="utf-8").rstrip("\n")

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from visadapt.core.files import replacing
+
 _SUFFIX = ".safetensors"
 _STALE = 3600.0  # seconds after which a temporary file has lost its writer
 
@@ -56,15 +58,11 @@ class DiskCache:
         if size > self.max_bytes or self._broken:
             return
         path = self._path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self._make_room(size)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             self._broken = True
             warnings.warn(f"cache '{self.folder}' cannot be written ({error}); going on without it", stacklevel=2)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from visadapt.backbones.sam_files import PIXEL_MEAN, PIXEL_STD
 from visadapt.backbones.sam_layout import empty, layout_of, recognise
 from visadapt.backbones.sam_tables import resize_tables
+from visadapt.core.files import replacing
 from visadapt.core.model import adapters
 from visadapt.core.state import load_native, read
 
@@ -121,13 +121,8 @@ def _stock_colours(state: dict[str, Tensor], sam: Any) -> list[str]:
 
 
 def _write(state: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".pth":
             torch.save(state, temporary)
         else:
-            save_file(state, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.write_bytes(serialise(state, {"format": "pt"}))

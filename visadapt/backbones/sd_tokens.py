@@ -6,7 +6,6 @@ Gal et al. 2022, arXiv 2208.01618 (code: github.com/rinongal/textual_inversion).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from visadapt.core.files import replacing
 from visadapt.core.state import load_native, read
 
 METADATA = "tokens"
@@ -129,12 +129,13 @@ def metadata(model: Any) -> dict[str, str]:
     return {METADATA: json.dumps([asdict(token) for token in tokens])} if tokens else {}
 
 
-def load_adapter(model: Any, path: str | Path) -> Any:
+def load_adapter(model: Any, path: str | Path, name: str | None = None) -> Any:
     """``visadapt.load`` of an adapter file that may bring new tokens along.
 
     Args:
         model: A fresh ``Diffusion``.
         path: The file.
+        name: New name of the set, for files with one set.
 
     Raises:
         FileNotFoundError, ValueError: As ``visadapt.load``.
@@ -144,7 +145,7 @@ def load_adapter(model: Any, path: str | Path) -> Any:
         tokens = [NewToken(**entry) for entry in json.loads((file.metadata() or {}).get(METADATA, "[]"))]
     if tokens and not extended(model):
         add_tokens(model, tokens)
-    return load_native(model, path)
+    return load_native(model, path, name=name)
 
 
 def export_tokens(model: Any, folder: str | Path) -> list[Path]:
@@ -160,10 +161,8 @@ def export_tokens(model: Any, folder: str | Path) -> list[Path]:
         start += token.vectors
         keys = ["clip_l", "clip_g"] if len(rows) > 1 else [token.name]
         path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9_-]', '', token.name) or 'token'}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(serialise(dict(zip(keys, rows, strict=True)), {"format": "pt", "token": token.name}))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(serialise(dict(zip(keys, rows, strict=True)), {"format": "pt", "token": token.name}))
         found.append(path)
     return found
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visadapt.cli import diffusion_files, yaml_files
 from visadapt.cli.errors import UserError
 from visadapt.cli.main import find_config
+from visadapt.core.files import replacing
 from visadapt.interop import Format
 from visadapt.report.facts import read_facts
 
@@ -25,7 +25,7 @@ def merge_file(
 ) -> None:
     """Write the state dict of the base with the adapter folded in, after comparing outputs."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     import visadapt as va
     from visadapt.backbones.sam import SAM
@@ -45,10 +45,8 @@ def merge_file(
         after = va.merge(model)(image)
     error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
     state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    save_file(state, temporary, metadata={"format": "pt"})
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.write_bytes(serialise(state, {"format": "pt"}))
     print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
     print(f"outputs with the adapter and after merging differ by {error:.1e} (relative, largest)")
     print(f'load it: timm.create_model(…, num_classes={before.shape[1]}, checkpoint_path="{output}")')
@@ -173,13 +171,22 @@ def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpo
         raise UserError("--checkpoint", "say of which model these are the weights", "add --backbone NAME")
     found = config or find_config(str(adapter))
     if found is None:
+        stated = _stated_base(adapter)
         raise UserError(
             str(adapter),
             "no config.yaml beside it says which base it belongs to",
-            "add --backbone or --config",
+            f"the file itself names '{stated}': add --backbone {stated}" if stated else "add --backbone or --config",
         )
     yaml_files.check(str(found))
     return _from_config(Path(found))
+
+
+def _stated_base(adapter: Path) -> str:
+    """The name of the base in an adapter file of visadapt; empty in others."""
+    from visadapt.interop.files import read_keys
+
+    plan = json.loads(read_keys(adapter)[0].get("visadapt", "{}"))
+    return str(plan.get("base", {}).get("name", ""))
 
 
 def _from_config(path: Path) -> Backbone:

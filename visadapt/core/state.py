@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from visadapt.core.adapter import Adapter
+from visadapt.core.files import replacing
 from visadapt.core.layer import prune
 from visadapt.core.model import adapt, adapters, grafted, is_adapter_key, label, overrides_of
 
@@ -97,16 +97,10 @@ def save(
     held = tensors(model)
     if not held:
         raise ValueError("nothing to save: the model has no adapters and no trained parameter")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     metadata = {**(extra or {}), "format": "pt", "visadapt": json.dumps(plan(model, base_name))}
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(serialise(held, metadata))  # `save_file` would make it readable by the owner only
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from PIL import Image
 
+from visadapt.core.files import replacing
 from visadapt.data.images import SUFFIXES
 
 
@@ -45,9 +45,7 @@ class ClassImages:
 
     def add(self, number: int, picture: Image.Image) -> Path:
         """Save a picture; it appears whole."""
-        self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / f"generated_{number:05d}.png"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            picture.save(temporary, format="PNG")
         return path

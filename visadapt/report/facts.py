@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from visadapt.core.files import replacing
 
 FILE = "run.json"
 
@@ -61,6 +62,7 @@ class RunFacts:
     device: str = "cpu"
     adapter_bytes: int = 0
     resumed_from: str | None = None
+    started_from: str | None = None
     date: str = field(default_factory=lambda: date.today().isoformat())
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -71,9 +73,8 @@ class RunFacts:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_facts(beside: str | Path) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from visadapt.core.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,12 +27,8 @@ def figure(width: float, height: float) -> Figure:
 
 def save(fig: Figure, path: str | Path, dpi: int = 130) -> None:
     """Write a PNG under a temporary name, then rename it: a reader never sees half a picture."""
-    path = Path(path)
-    buffer = BytesIO()
-    fig.savefig(buffer, dpi=dpi, format="png")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        fig.savefig(temporary, dpi=dpi, format="png")
 
 
 def is_share(name: str) -> bool:

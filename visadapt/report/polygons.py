@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from visadapt.core.files import replacing
 from visadapt.data import geotiff
 from visadapt.data.geotiff import Georeference
 
@@ -41,9 +41,8 @@ def write_polygons(mask: Path, path: Path, names: Sequence[str], place: Georefer
     crs = place.crs if place is not None else None
     head: dict[str, Any] = {"type": "FeatureCollection"}
     head |= {"coordinates": PIXELS} if crs is None else {"source_crs": crs.to_string()}
-    temporary = path.with_name(f".{path.name}.tmp")
     count = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(head)[:-1] + ', "features": [')
         polygons = _polygons(mask)
         while batch := list(islice(polygons, _AT_ONCE)):
@@ -51,7 +50,6 @@ def write_polygons(mask: Path, path: Path, names: Sequence[str], place: Georefer
                 file.write((",\n" if count else "\n") + json.dumps(feature, ensure_ascii=False))
                 count += 1
         file.write("\n]}\n")
-    os.replace(temporary, path)
     return count
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from PIL import Image
 
+from visadapt.core.files import replacing
 from visadapt.data.geotiff import Georeference, rasterio
 from visadapt.report import overlay
 
@@ -59,9 +60,8 @@ class PngMask:
             return
         image = Image.fromarray(self._labels)
         image.putpalette(self._palette.ravel().tolist())
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        image.save(temporary, format="PNG")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            image.save(temporary, format="PNG")
 
 
 class TiffMask:
@@ -139,6 +139,5 @@ class Overlay:
         width, height = self.sheet.size
         pixels = [np.add.reduceat(np.ones(n), np.arange(0, n, self.factor)) for n in (height, width)]
         mean = self._sums / (pixels[0][:, None, None] * pixels[1][None, :, None])
-        temporary = path.with_name(f".{path.name}.tmp")
-        Image.fromarray(mean.round().clip(0, 255).astype(np.uint8)).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            Image.fromarray(mean.round().clip(0, 255).astype(np.uint8)).save(temporary, format="PNG")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from visadapt.core.files import replacing
 
 GOOD, BAD, INK, GREY = "#1a7f37", "#b3261e", "#24292f", "#6e7781"
 SIDE, GAP = 128, 12  # pixels of a picture, and between pictures
@@ -112,9 +113,8 @@ def fitted(text: str, size: int, width: int = SIDE + GAP - 2) -> str:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
 
 
 def prediction_grid(
