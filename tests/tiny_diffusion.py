@@ -54,6 +54,8 @@ def _unet(layout: str) -> Any:
     from diffusers import UNet2DConditionModel
 
     options: dict[str, Any] = {"cross_attention_dim": WIDTH}
+    if layout == "sd2":
+        options["use_linear_projection"] = True
     if layout == "sdxl":
         options |= {
             "cross_attention_dim": 2 * WIDTH,
@@ -85,7 +87,7 @@ def _vae(layout: str) -> Any:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=32,
-        scaling_factor=0.18215 if layout == "sd" else 0.13025,
+        scaling_factor=0.13025 if layout == "sdxl" else 0.18215,
         force_upcast=layout == "sdxl",
         mid_block_add_attention=False,
     )
@@ -110,7 +112,8 @@ def tiny_pipeline(folder: Path, layout: str = "sd", **scheduler: Any) -> Path:
 
     Args:
         folder: Where to save it.
-        layout: `sd` (one text encoder) or `sdxl` (two, pooled text and time ids).
+        layout: `sd` (one text encoder), `sd2` (the same with linear projections, as SD 2.x has) or `sdxl` (two, pooled
+            text and time ids).
         scheduler: Entries of the scheduler's configuration, such as `prediction_type="v_prediction"`.
 
     Returns:

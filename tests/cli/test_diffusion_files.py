@@ -180,7 +180,10 @@ FILES = {
         {"method": "DoRA", "diffusers": "drops dora_scale", "ComfyUI": "comfyui"},
     ),
     "xl": (kohya(width=2048), {"base": "SDXL"}),
-    "lokr": ({"lora_unet_conv_in.lokr_w1": torch.zeros(2, 2)}, {"method": "LoKr", "visadapt": "does not read LoKr"}),
+    "lokr": (
+        {"lora_unet_conv_in.lokr_w1": torch.zeros(2, 2), "lora_unet_conv_in.lokr_w2": torch.zeros(8, 2, 3, 3)},
+        {"method": "LoKr", "rank": "whole right factors", "diffusers": "refuses it", "visadapt": "loads"},
+    ),
     "lycoris": (
         {"lycoris_conv_in.hada_w1_b": torch.zeros(3, 36)},
         {"method": "LoHa", "rank": "3", "diffusers": "does not"},

@@ -196,7 +196,8 @@ def test_refusals_name_the_layer(base, tmp_path):
     ("change", "message"),
     [
         ({"unet.nowhere.lora_A.weight": (2, 4)}, "'unet.nowhere.lora_A.weight' belongs to no layer"),
-        ({"unet.conv_in.lokr_w1": (2, 4)}, "is LoKr, which is not read"),
+        ({"unet.conv_in.oft_blocks": (2, 4)}, "is OFT, which is not read"),
+        ({"unet.conv_in.lokr_w1": (2, 4)}, "'unet.conv_in' holds lokr_w1, which is no whole LoKr"),
         ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "'unet.conv_in' holds down, which is no whole LoRA"),
         ({"unet.conv_in.lora_A.weight": (2, 5), "unet.conv_in.lora_B.weight": (32, 2)}, r"has down of shape \(2, 5\)"),
         ({"something": (2,)}, "'something' is not known"),

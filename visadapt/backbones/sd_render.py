@@ -45,6 +45,22 @@ def render(
     Raises:
         ValueError: not one seed per prompt.
     """
+    latents = render_latents(model, prompts, seeds, steps, guidance, size, negative, chunk)
+    return torch.cat([decode_latents(model, part).cpu() for part in latents.split(chunk)])
+
+
+@torch.no_grad()
+def render_latents(
+    model: Diffusion,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    size: int | tuple[int, int] | None = None,
+    negative: str | None = None,
+    chunk: int = 8,
+) -> Tensor:
+    """What ``render`` decodes: scaled latents (B, C, h, w) on the model's device; arguments and errors as there."""
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds: give each its own")
     height, width = _sides(model, size)
@@ -53,7 +69,7 @@ def render(
     with _sliced(model):
         for start in range(0, len(prompts), chunk):
             texts = list(prompts[start : start + chunk])
-            latents = stock(
+            made = stock(
                 prompt=texts,
                 negative_prompt=None if negative is None else [negative] * len(texts),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + chunk]],
@@ -62,8 +78,8 @@ def render(
                 height=height,
                 width=width,
                 output_type="latent",
-            ).images
-            found.append(decode_latents(model, latents).cpu())
+            )
+            found.append(made.images)
     return torch.cat(found)
 
 

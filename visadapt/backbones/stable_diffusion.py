@@ -170,15 +170,19 @@ class StableDiffusion(Backbone):
                 return DiffusionPipeline.from_pretrained(place, **options)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"backbone name: '{self.name}' cannot be loaded: {reason}") from error
+            hint = _NEEDS_CONFIG if single and self.config is None else ""
+            raise ValueError(f"backbone name: '{self.name}' cannot be loaded: {reason}{hint}") from error
 
     def _single(self, place: str) -> Any:
         """A single file: its tensors tell the model, its configuration and tokenizers come from ``config``."""
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
         from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 
-        if "xl" in infer_diffusers_model_type(load_single_file_checkpoint(place)):
+        kind = infer_diffusers_model_type(load_single_file_checkpoint(place))
+        if kind == "xl_base":
             return StableDiffusionXLPipeline.from_single_file(place, config=self.config)
+        if kind not in ("v1", "v2"):
+            raise ValueError(f"it holds a {kind}; StableDiffusion takes the base models of SD 1.x, 2.x and SDXL")
         return StableDiffusionPipeline.from_single_file(place, config=self.config, **_NO_CHECKER)
 
 
@@ -198,6 +202,10 @@ def _no_progress_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+_NEEDS_CONFIG = (
+    "; a single file holds weights alone: without network give `config`, a folder in diffusers' layout of the same "
+    "kind of model, whose configuration and tokenizers are used (its weights may be missing)"
+)
 _NO_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 

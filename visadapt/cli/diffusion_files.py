@@ -34,13 +34,17 @@ tags: [text-to-image, lora, visadapt]
 
 
 def is_diffusion_base(name: str) -> bool:
-    """Whether a backbone's name means a Stable Diffusion: the shipped one, a pipeline's folder, a file or a hub id."""
+    """Whether a backbone's name means a Stable Diffusion: the shipped one, a pipeline's folder, a file or a hub id.
+
+    Paths that lead nowhere do, too: timm's models have names, and the diffusion backbone says what is missing.
+    """
     from visadapt.backbones.sd_layout import TINY
 
     path = Path(name).expanduser()
     single = path.suffix in (".safetensors", ".ckpt") and path.is_file()
     hub = name.count("/") == 1 and ":" not in name and not path.exists()  # timm's have "hf-hub:" in front
-    return name == TINY or (path / "model_index.json").is_file() or single or hub
+    nowhere = name.startswith(("/", ".", "~")) and not path.exists()
+    return name == TINY or (path / "model_index.json").is_file() or single or hub or nowhere
 
 
 def default_output(format: Format) -> str:

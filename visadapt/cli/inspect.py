@@ -15,6 +15,7 @@ from visadapt.cli.errors import UserError
 from visadapt.cli.recognise import recognise
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # diffusers' own file name
+_KINDS = 24  # rows of the table of tensors
 MAX_HEADER = 100_000_000  # the bound of the safetensors library itself
 
 
@@ -129,6 +130,8 @@ def _folder(folder: Path) -> Description:
 
 def _peft_folder(folder: Path) -> Description:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if (folder / "model_index.json").is_file():
+        raise UserError(str(folder), "this is a whole pipeline in diffusers' layout, no adapter")
     if not config.is_file():
         raise UserError(str(folder), "no adapter in this folder", "a PEFT folder holds adapter_config.json")
     values = json.loads(config.read_text(encoding="utf-8"))
@@ -139,7 +142,8 @@ def _peft_folder(folder: Path) -> Description:
     tensors = read_header(weights)[1] if weights.is_file() else []
     if not tensors:
         facts.append(("weights", "adapter_model.safetensors is missing"))
-    own = ", visadapt (va.load, visadapt import)" if values.get("peft_type") == "LORA" else "; visadapt reads LORA only"
+    read = values.get("peft_type") in ("LORA", "LOKR")
+    own = ", visadapt (va.load, visadapt import)" if read else "; visadapt reads LORA and LOKR"
     facts.append(("loads in", f"stock PEFT{own}"))
     return Description(folder, "PEFT folder", tensors, facts, weights if tensors else None)
 
@@ -172,6 +176,8 @@ def _checkpoint(path: Path) -> Description:
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value[:8])) + (f" … ({len(value)})" if len(value) > 8 else "")
+    if isinstance(value, dict) and len(value) > 4:
+        return f"{', '.join(map(str, sorted(set(value.values()))))} ({len(value)} layers of their own)"
     return str(value)
 
 
@@ -182,7 +188,8 @@ def show(found: Description, norms: bool) -> None:
 
     console = Console()
     parameters = sum(t.size for t in found.tensors)
-    head = Table(title=f"{found.path}: {found.kind}", title_justify="left", show_header=False)
+    console.print(f"{found.path}: {found.kind}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    head = Table(show_header=False)
     head.add_column(style="bold")
     head.add_column(overflow="fold")
     for key, value in found.facts:
@@ -206,8 +213,11 @@ def _tensors(tensors: list[Tensor]) -> Any:
         name = re.sub(r"(?<=[._])\d+(?=[._])", "*", t.name)
         key = (name, "×".join(map(str, t.shape)) or "scalar", t.dtype)
         groups[key] = groups.get(key, 0) + 1
-    for (name, shape, dtype), count in groups.items():
+    for (name, shape, dtype), count in list(groups.items())[:_KINDS]:
         table.add_row(name, shape, dtype, str(count))
+    if len(groups) > _KINDS:
+        rest = sum(list(groups.values())[_KINDS:])
+        table.caption = f"{len(groups) - _KINDS} more kinds, {rest} tensors (--norms lists every tensor)"
     return table
 
 

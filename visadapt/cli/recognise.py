@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visadapt.interop.keys import is_lora, split, unread
+from visadapt.interop.keys import ROLES, is_lora, split, unread
 
 if TYPE_CHECKING:
     from visadapt.cli.inspect import Tensor
@@ -23,6 +23,7 @@ _LEAF = re.compile(
 )
 _ROLES = {"mid": "LoRA with Tucker core", "magnitude": "DoRA", "dora_scale": "DoRA", "down": "LoRA"}
 _ROLES |= dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), "LoHa")
+_ROLES |= {role: "LoKr" for role in ROLES.values() if role.startswith("lokr_")}
 
 
 def recognise(path: Path, metadata: dict[str, str], tensors: list[Tensor]) -> tuple[str, Facts]:
@@ -98,8 +99,11 @@ def _layers(names: list[str]) -> list[str]:
 
 def _ranks(tensors: list[Tensor]) -> str:
     found = [(split(t.name), t.shape) for t in tensors]
-    ranks = [float(shape[0]) for named, shape in found if named and named[1] in ("down", "hada_w1_b") and shape]
-    return _range(ranks) or "unknown"
+    ranks = [
+        float(shape[0]) for named, shape in found if named and named[1] in ("down", "hada_w1_b", "lokr_w2_b") and shape
+    ]
+    whole = any(named and named[1] == "lokr_w2" for named, _ in found)
+    return ", ".join(filter(None, [_range(ranks), "whole right factors" * whole])) or "unknown"
 
 
 def _range(values: list[float]) -> str:
@@ -167,6 +171,8 @@ def _kohya_notes(names: list[str], methods: list[str], alphas: list[float], meta
         " (DoRA by rows is divided by another norm there: export format comfyui)" * (rows and not for_comfy)
     )
     theirs = "loads" if not for_comfy else "loads, but dora_scale was written for ComfyUI: export format lycoris"
+    if any(n.endswith(".lokr_t2") for n in names):
+        theirs = "fails: its own loader takes the rank of LoKr with a core from another tensor (4.1.3)"
     unknown = list(dict.fromkeys(kind for n in names if split(n) is None and (kind := unread(n))))
     own = f"does not read {', '.join(unknown)}" if unknown else "loads: va.load, visadapt import"
     return [("diffusers", diffusers), ("ComfyUI", comfy), ("LyCORIS", theirs), ("visadapt", own)]
@@ -180,7 +186,7 @@ def _diffusers_notes(names: list[str], methods: list[str]) -> Facts:
         diffusers = "pipe.load_lora_weights refuses it; pipe.unet.load_lora_adapter loads the UNet's part"
     elif any(n.startswith("text_encoder") and n.endswith(".lora_magnitude_vector") for n in names):
         diffusers = "loads; with transformers 5 the magnitudes of the text encoder are dropped silently"
-    unknown = [m for m in methods if m in ("LoKr", "LoRA with a bias")]
+    unknown = [m for m in methods if m == "LoRA with a bias"]
     own = f"does not read {', '.join(unknown)}" if unknown else "loads: va.load, visadapt import"
     return [("diffusers", diffusers), ("visadapt", own)]
 

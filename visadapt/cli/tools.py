@@ -52,7 +52,7 @@ def merge(
             folder (merged).
         config: Configuration that names the backbone.
         backbone: Name of a timm model, "tiny_digits", of a SAM ("vit_b") or of a Stable Diffusion ("tiny_sd", a
-            pipeline's folder, a hub id), instead of a configuration.
+            pipeline's folder, a hub id, one file), instead of a configuration.
         checkpoint: Local weights of that backbone.
     """
     from visadapt.cli.files import merge_file
@@ -74,9 +74,9 @@ def export(
     """Write an adapter in the format of another tool; for Stable Diffusion, prove that it renders the same.
 
     "peft" writes a folder (of a diffusion model: one for each part), "diffusers" what pipe.load_lora_weights reads,
-    "kohya" one file of plain LoRA that every tool reads, "lycoris" and "comfyui" one file that keeps DoRA, LoHa and
-    Tucker cores. An export of a Stable Diffusion is loaded into a fresh stock pipeline and compared; certificate.json
-    says how far the two are apart, and a file that does nothing or something else is rejected.
+    "kohya" one file of plain LoRA that every tool reads, "lycoris" and "comfyui" one file that keeps DoRA, LoHa, LoKr
+    and Tucker cores. An export of a Stable Diffusion is loaded into a fresh stock pipeline and compared;
+    certificate.json says how far the two are apart, and a file that does nothing or something else is rejected.
 
     Args:
         adapter: Adapter file.
@@ -85,7 +85,8 @@ def export(
         rank: Rank of the SVD of methods that the format cannot hold exactly; without it they are refused.
         tolerance: Largest deviation of latents and pixels that the certificate accepts.
         config: Configuration that names the backbone (default: the config.yaml of the adapter's run).
-        backbone: Name of a timm model, "tiny_digits", or of a Stable Diffusion, instead of a configuration.
+        backbone: Name of a timm model, "tiny_digits", or of a Stable Diffusion ("tiny_sd", a pipeline's folder, a hub
+            id, one file), instead of a configuration.
         checkpoint: Local weights of that backbone.
     """
     from visadapt.cli.diffusion_files import default_output
@@ -109,7 +110,8 @@ def import_(
         adapter: PEFT folder, or a file of diffusers, kohya, LyCORIS or ComfyUI.
         output: Adapter file to write.
         config: Configuration that names the backbone.
-        backbone: Name of a timm model, "tiny_digits", or of a Stable Diffusion, instead of a configuration.
+        backbone: Name of a timm model, "tiny_digits", or of a Stable Diffusion ("tiny_sd", a pipeline's folder, a hub
+            id, one file), instead of a configuration.
         checkpoint: Local weights of that backbone.
     """
     from visadapt.cli.files import import_file
@@ -141,7 +143,8 @@ def compose(
         how: How shared layers are composed.
         rank: Rank for "svd" (default: the largest of the adapters).
         config: Configuration that names the backbone (default: the config.yaml of the first adapter's run).
-        backbone: Name of a timm model, "tiny_digits", of a SAM or of a Stable Diffusion, instead of a configuration.
+        backbone: Name of a timm model, "tiny_digits", of a SAM ("vit_b") or of a Stable Diffusion ("tiny_sd", a
+            pipeline's folder, a hub id, one file), instead of a configuration.
         checkpoint: Local weights of that backbone.
     """
     from visadapt.cli.compose import compose_files
@@ -233,6 +236,8 @@ def run(command: str, args: list[str]) -> int:
     parser = ToolParser(prog=f"visadapt {command}", description=first, allow_abbrev=False)
     parser.add_function_arguments(tool, as_positional=True)
     try:
+        if not args and (needed := [n for n, p in signature(tool).parameters.items() if p.default is p.empty]):
+            raise UserError(needed[0], "this is required and missing", f"visadapt {command} --help says what it takes")
         return tool(**parser.parse_args(_switches(tool, _lists(tool, args))).as_dict())
     except UserError as error:
         error.show(command)

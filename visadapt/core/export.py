@@ -79,8 +79,8 @@ def _truncated(name: str, layer: Grafted, rank: int | None) -> Factors:
     methods = ", ".join(sorted({type(a).__name__ for a in layer.active("weight")})) or "a set at strength 0"
     if rank is None:
         raise ValueError(
-            f"'{name}' is changed by {methods}, which is no low-rank update; give `rank` to approximate it by an SVD "
-            "(the error is reported), or merge"
+            f"'{name}' is changed by {methods}, which is no low-rank update; give `rank` (--rank) to approximate it by "
+            "an SVD, whose error is reported, or merge"
         )
     weight, bias = fold(layer, "weight")
     before = layer._parameters.get("bias")

@@ -55,7 +55,7 @@ def export(model: nn.Module, path: str | Path, format: Format = "peft", rank: in
         model: the adapted model; for all but "peft" a diffusion model or its UNet.
         path: folder ("peft"; "diffusers" takes a folder or a .safetensors file) or .safetensors file to write.
         format: "peft": a folder for stock PEFT. "diffusers": `pipe.load_lora_weights`. "kohya": one file of plain
-            LoRA, which every tool reads. "lycoris": one file with DoRA, LoHa and Tucker cores as they are, for
+            LoRA, which every tool reads. "lycoris": one file with DoRA, LoHa, LoKr and Tucker cores as they are, for
             LyCORIS and sd-scripts. "comfyui": the same for ComfyUI, which divides DoRA by another norm.
         rank: rank of the SVD for changes that the format cannot hold as they are; None refuses them.
 

@@ -147,7 +147,7 @@ def _check_thin(held: Sequence[Held], how: How, rank: int | None) -> None:
             for adapter, _ in found:
                 if not isinstance(adapter, LowRank) and not (how == "svd" and rank):
                     raise ValueError(f"'{target}': {type(adapter).__name__} is no low-rank update; "
-                                     "give how='svd' and a rank, which reports the error")  # fmt: skip
+                                     "give how='svd' and a rank (--how svd --rank N), an approximation")  # fmt: skip
 
 
 def _replace(model: nn.Module, sources: Sequence[str | Path], name: str, method: Adapter, targets: Targets) -> None:

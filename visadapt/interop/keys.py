@@ -20,11 +20,12 @@ ROLES = {
     "dora_scale": "dora_scale",
     "alpha": "alpha",
     **{f"hada_w{i}_{side}": f"hada_w{i}_{side}" for i in (1, 2) for side in "ab"},
+    **{f"lokr_{end}": f"lokr_{end}" for end in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
 # What other tools write and visadapt does not read; it is named, not ignored.
 UNREAD = {
     "hada_t1": "LoHa with Tucker cores",
-    "lokr_": "LoKr",
+    "lokr_t1": "LoKr with a core in its left factor",
     "oft_": "OFT",
     "lora_B.bias": "LoRA with a bias",
     "vera_": "VeRA",
@@ -36,7 +37,7 @@ _PROCESSOR = re.compile(r"(.+)\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weigh
 
 
 def split(key: str) -> tuple[str, str] | None:
-    """A tensor name as (layer, role); None if it is no part of LoRA, DoRA, LoHa or a Tucker core.
+    """A tensor name as (layer, role); None if it is no part of LoRA, DoRA, LoHa, LoKr or a Tucker core.
 
     Args:
         key: name in a file of diffusers, kohya, LyCORIS or PEFT.

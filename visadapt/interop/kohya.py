@@ -18,6 +18,7 @@ from visadapt.core.site import stored
 from visadapt.interop.files import serialised, write_tensors
 from visadapt.interop.forms import as_kernel, only_dora, row_norms
 from visadapt.interop.kohya_names import base_version, written_names
+from visadapt.interop.lokr import lokr_tensors, only_lokr
 from visadapt.interop.parts import adapted
 from visadapt.methods import DoRA, LoHa
 
@@ -38,9 +39,9 @@ def export_kohya(model: nn.Module, path: str | Path, rank: int | None = None, re
         path: file to write, .safetensors.
         rank: rank of the SVD of changes that the file cannot hold as they are; None refuses them.
         reader: "kohya" writes plain LoRA, which all tools read. "lycoris" keeps DoRA (`dora_scale`, by rows or by
-            inputs), LoHa (`hada_…`) and Tucker cores on convolutions (`lora_mid`). "comfyui" does so for ComfyUI,
-            whose DoRA by rows is m ⊙ V / ‖W‖ instead of m ⊙ V / ‖V‖ (comfy/weight_adapter/base.py): there
-            `dora_scale` is m ⊙ ‖W‖ / ‖V‖.
+            inputs), LoHa (`hada_…`), LoKr (`lokr_…`) and Tucker cores on convolutions (`lora_mid`). "comfyui" does so
+            for ComfyUI, whose DoRA by rows is m ⊙ V / ‖W‖ instead of m ⊙ V / ‖V‖ (comfy/weight_adapter/base.py):
+            there `dora_scale` is m ⊙ ‖W‖ / ‖V‖.
 
     Returns:
         The largest relative error of a layer (only `rank` makes it non-zero).
@@ -56,6 +57,11 @@ def export_kohya(model: nn.Module, path: str | Path, rank: int | None = None, re
     for own, (_, _, layer) in adapted(model).items():
         form = None if reader == "kohya" else _native(layer, reader)
         if form is None:
+            if reader == "kohya" and rank is None and only_dora(layer, ("out", "in")):
+                raise ValueError(
+                    f"'{own}' is changed by DoRA, which is no low-rank update: formats 'diffusers', 'lycoris' and "
+                    "'comfyui' hold it as it is; for plain LoRA give `rank` (--rank), an SVD whose error is reported"
+                )
             factors = layer_factors(own, layer, rank)
             form, worst = _plain(layer, factors.down, factors.up), max(worst, factors.error)
         forms[names[own]] = form
@@ -93,7 +99,8 @@ def _recognisable(
 
 
 def _rank(form: dict[str, Tensor]) -> int:
-    return len(form["hada_w1_b"] if "hada_w1_b" in form else form["lora_down.weight"])
+    held = [form[key] for key in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in form]
+    return len(held[0]) if held else 1  # LoKr of two whole factors
 
 
 def _plain(layer: Grafted, down: Tensor, up: Tensor) -> dict[str, Tensor]:
@@ -101,10 +108,12 @@ def _plain(layer: Grafted, down: Tensor, up: Tensor) -> dict[str, Tensor]:
 
 
 def _native(layer: Grafted, reader: Reader) -> dict[str, Tensor] | None:
-    """DoRA, LoHa or a Tucker core as it is, if one of these is all that changes the layer."""
+    """DoRA, LoHa, LoKr or a Tucker core as it is, if one of these is all that changes the layer."""
     dora = only_dora(layer, ("out", "in"))
     if dora is not None:
         return _plain(layer, dora.down, dora.up * dora.scale) | {"dora_scale": _dora_scale(layer, dora, reader)}
+    if (lokr := only_lokr(layer)) is not None:
+        return lokr_tensors(lokr)
     active = layer.active("weight")
     if len(active) != 1 or layer._views or not isinstance(active[0], LowRank) or active[0].rows is not None:
         return None
@@ -135,12 +144,13 @@ def _metadata(
     model: nn.Module, forms: dict[str, dict[str, Tensor]], reader: Reader, alpha: float, name: str
 ) -> dict[str, str]:
     keys = {key for form in forms.values() for key in form}
-    plain = not keys & {"hada_w1_a", "dora_scale", "lora_mid.weight"}
+    lokr = any(key.startswith("lokr_") for key in keys)
+    plain = not lokr and not keys & {"hada_w1_a", "dora_scale", "lora_mid.weight"}
     args: dict[str, str] = {}
     if not plain:
-        args["algo"] = "loha" if "hada_w1_a" in keys else "lora"
+        args["algo"] = "loha" if "hada_w1_a" in keys else "lokr" if lokr else "lora"
         args |= {"dora_wd": "True"} if "dora_scale" in keys else {}
-        args |= {"use_tucker": "True"} if "lora_mid.weight" in keys else {}
+        args |= {"use_tucker": "True"} if keys & {"lora_mid.weight", "lokr_t2"} else {}
     downs = {n: form["lora_down.weight"] for n, form in forms.items() if "lora_down.weight" in form}
     kernels = [len(down) for n, down in downs.items() if "lora_mid.weight" in forms[n] or down.shape[2:].numel() > 1]
     if kernels:

@@ -16,8 +16,11 @@ from torch import nn
 
 from visadapt.core.export import lora_factors
 from visadapt.core.model import adapt, adapters, grafted, is_adapter_key
+from visadapt.core.site import Site
 from visadapt.core.state import base_identity
 from visadapt.interop.forms import only_dora
+from visadapt.interop.lokr import lokr_tensors, only_lokr, peft_config, read_lokr
+from visadapt.interop.made import Made, graft_made
 from visadapt.interop.parts import NEW_TOKENS, is_diffusion, parts
 from visadapt.methods import DoRA, LoRA
 
@@ -29,8 +32,9 @@ def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> 
     """Write all adapters as one PEFT folder; of a diffusion model, one folder per adapted part (`path/unet` …).
 
     LowRank methods are exact (alpha = rank, every scale folded into B); DoRA by rows is written as
-    PEFT's own DoRA; trained parameters outside adapters go to `modules_to_save`. Files appear
-    together, once they are complete.
+    PEFT's own DoRA, and LoKr as PEFT's own where all layers are LoKr, in shapes that PEFT makes too;
+    trained parameters outside adapters go to `modules_to_save`. Files appear together, once they are
+    complete.
 
     Returns:
         The largest relative error of a layer (only `rank` makes it non-zero).
@@ -55,24 +59,22 @@ def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> 
 
 def _folder(model: nn.Module, rank: int | None) -> tuple[dict[str, Any], dict[str, torch.Tensor], float]:
     """Configuration, tensors and largest error."""
+    native = _lokrs(model)
     use_dora = all(only_dora(layer) for _, layer in grafted(model)) and any(grafted(model))
-    tensors, ranks, error = _doras(model) if use_dora else _loras(model, rank)
+    tensors, ranks, error = native[1:] if native else _doras(model) if use_dora else _loras(model, rank)
     trained = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)]
     saved = sorted({n.rpartition(".")[0] for n in trained if not n.endswith(NEW_TOKENS)})
     for module in saved:
         for name, tensor in model.get_submodule(module).state_dict().items():
             tensors[f"{PREFIX}{module}.{name}"] = tensor.detach()
-    config = {
-        "peft_type": "LORA",
+    own = {"peft_type": "LORA", "lora_alpha": max(ranks.values()), "use_dora": use_dora, "bias": "none"}
+    config = (native[0] if native else own) | {
         "task_type": None,
         "base_model_name_or_path": base_identity(model)["name"],
         "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
         "target_modules": sorted(ranks),
         "rank_pattern": ranks,
         "alpha_pattern": ranks,  # alpha = rank: a scale of 1
-        "use_dora": use_dora,
-        "bias": "none",
         "modules_to_save": saved or None,
     }
     return config, {k: v.float().cpu().contiguous().clone() for k, v in tensors.items()}, error
@@ -101,6 +103,19 @@ def _doras(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, int], f
     return tensors, ranks, 0.0
 
 
+def _lokrs(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, int], float] | None:
+    """PEFT's own LoKr, where that is all there is and PEFT would make the same shapes."""
+    found = {name: (only_lokr(layer), layer) for name, layer in grafted(model)}
+    mine = {name: (one, layer) for name, (one, layer) in found.items() if one is not None}
+    made = peft_config(mine) if mine and len(mine) == len(found) else None
+    if made is None:
+        return None
+    options, ranks = made
+    config = {"peft_type": "LOKR", "alpha": max(ranks.values()), **options}
+    tensors = {f"{PREFIX}{n}.{key}": t for n, (one, _) in mine.items() for key, t in lokr_tensors(one).items()}
+    return config, tensors, ranks, 0.0
+
+
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     known = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - known):
@@ -119,7 +134,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor
 
 
 def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
-    """Graft the LoRA or DoRA of a PEFT folder, or of the folders of a diffusion model's parts, onto a base.
+    """Graft the LoRA, DoRA or LoKr of a PEFT folder, or of the folders of a diffusion model's parts, onto a base.
 
     Raises:
         FileNotFoundError: the folder lacks one of its two files.
@@ -132,15 +147,53 @@ def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"'{folder}' is no PEFT folder: it has no {file}")
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", "LOKR"):
         raise ValueError(
-            f"'{folder}' holds PEFT's {config.get('peft_type')}; LORA (with or without use_dora) can be read"
+            f"'{folder}' holds PEFT's {config.get('peft_type')}; LORA (with or without use_dora) and LOKR can be read"
         )
     try:
         held = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"'{folder / 'adapter_model.safetensors'}' is damaged: {error}") from error
     held = {k.removeprefix(PREFIX): v for k, v in held.items()}
+    if config["peft_type"] == "LOKR":
+        _graft_lokr(model, folder, config, held, name)
+    else:
+        _graft_lora(model, folder, config, held, name)
+    for module in config.get("modules_to_save") or []:
+        for key in [k for k in held if k.startswith(f"{module}.")]:
+            with torch.no_grad():
+                model.state_dict()[key].copy_(held[key])
+            if key in dict(model.named_parameters()):
+                model.get_parameter(key).requires_grad_(True)
+    return model
+
+
+def _graft_lokr(
+    model: nn.Module, folder: Path, config: dict[str, Any], held: dict[str, torch.Tensor], name: str
+) -> None:
+    roles: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in held.items():
+        layer, _, role = key.rpartition(".")
+        if role.startswith("lokr_"):
+            roles.setdefault(layer, {})[role] = tensor
+    made: dict[str, Made] = {}
+    for n, given in roles.items():
+        r, alpha = (
+            from_pattern(config.get(f"{of}_pattern"), n, config[k]) for of, k in (("rank", "r"), ("alpha", "alpha"))
+        )
+        try:
+            made[n] = read_lokr(Site(model.get_submodule(n)), given, float(alpha) / r)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"'{folder}' does not fit this {type(model).__name__}: '{n}' {error}") from error
+    if not made:
+        raise ValueError(f"'{folder}': no LoKr in it")
+    graft_made(model, made, name)
+
+
+def _graft_lora(
+    model: nn.Module, folder: Path, config: dict[str, Any], held: dict[str, torch.Tensor], name: str
+) -> None:
     layers = [k.removesuffix(".lora_A.weight") for k in held if k.endswith(".lora_A.weight")]
     bias = [k for k in held if k.endswith("lora_B.bias")]
     if bias or not layers:
@@ -160,13 +213,6 @@ def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
             adapter.up.copy_(held[f"{n}.lora_B.weight"].flatten(1))  # type: ignore[operator, union-attr]
             if isinstance(adapter, DoRA):
                 adapter.magnitude.copy_(held[f"{n}.lora_magnitude_vector"].flatten())
-    for module in config.get("modules_to_save") or []:
-        for key in [k for k in held if k.startswith(f"{module}.")]:
-            with torch.no_grad():
-                model.state_dict()[key].copy_(held[key])
-            if key in dict(model.named_parameters()):
-                model.get_parameter(key).requires_grad_(True)
-    return model
 
 
 def _import_parts(model: Model, folder: Path, name: str) -> Model:

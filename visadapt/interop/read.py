@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,20 +10,20 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from visadapt.core.adapter import Adapter
-from visadapt.core.model import adapt, adapters
 from visadapt.core.site import Site
 from visadapt.interop.files import read_keys, read_tensors
 from visadapt.interop.forms import row_norms
 from visadapt.interop.keys import is_lora, split, unread
 from visadapt.interop.kohya import BASE_NORM
 from visadapt.interop.kohya_names import readable_names
+from visadapt.interop.lokr import read_lokr
+from visadapt.interop.made import Made, graft_made, shaped
 from visadapt.interop.parts import OLD, UNET, layers
 from visadapt.interop.peft import from_pattern
 from visadapt.methods import DoRA, FLoRA, LoHa, LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
-Made = tuple[Adapter, dict[str, Tensor]]  # a prototype and its tensors
+_LORA = {"down", "up", "mid", "magnitude", "dora_scale"}
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
@@ -38,9 +37,9 @@ def is_lora_file(path: str | Path) -> bool:
 def import_lora(model: Model, path: str | Path, name: str = "default") -> Model:
     """Graft what a file of diffusers, kohya, LyCORIS or ComfyUI holds onto a UNet and its text encoders.
 
-    LoRA, DoRA (by rows or by inputs, as the shape of its magnitude says), Tucker cores (`lora_mid`, as FLoRA) and LoHa,
-    with an own rank and alpha for each layer; without an alpha the scale is 1. Text keys may have `text_model.` or not.
-    The model is unchanged if anything does not fit.
+    LoRA, DoRA (by rows or by inputs, as the shape of its magnitude says), Tucker cores (`lora_mid`, as FLoRA), LoHa and
+    LoKr, with an own rank and alpha for each layer; without an alpha the scale is 1. Text keys may have `text_model.`
+    or not. The model is unchanged if anything does not fit.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -59,9 +58,9 @@ def import_lora(model: Model, path: str | Path, name: str = "default") -> Model:
             problems.append(f"'{own}' {error}")
     if problems or not made:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        told = "; ".join(problems[:3]) or "it holds no LoRA, DoRA or LoHa"
+        told = "; ".join(problems[:3]) or "it holds no LoRA, DoRA, LoHa or LoKr"
         raise ValueError(f"'{path}' does not fit this {type(model).__name__}: {told}{more}")
-    _graft(model, made, name)
+    graft_made(model, made, name)
     return model
 
 
@@ -116,26 +115,30 @@ def _make(site: Site, roles: Mapping[str, Tensor], base_norm: bool) -> Made:
     given = set(roles) - {"alpha"}
     if given == _HADA:
         return _loha(site, roles)
-    if not {"down", "up"} <= given or given & _HADA:
-        raise ValueError(f"holds {', '.join(sorted(given)) or 'an alpha alone'}, which is no whole LoRA, DoRA or LoHa")
+    if given and all(role.startswith("lokr_") for role in given):
+        return read_lokr(site, roles)
+    if not {"down", "up"} <= given or given - _LORA:
+        raise ValueError(
+            f"holds {', '.join(sorted(given)) or 'an alpha alone'}, which is no whole LoRA, DoRA, LoHa or LoKr"
+        )
     rank = len(roles["down"])
     alpha = float(roles["alpha"]) if "alpha" in roles else float(rank)
-    up = _shaped(roles["up"], (site.width, rank), "up")
+    up = shaped(roles["up"], (site.width, rank), "up")
     down = roles["down"]
     if "mid" in given:
-        mid = _shaped(roles["mid"], (rank, rank, *site.in_shape[1:]), "mid")
-        inner = _shaped(down, (rank, site.in_shape[0]), "down")
+        mid = shaped(roles["mid"], (rank, rank, *site.in_shape[1:]), "mid")
+        inner = shaped(down, (rank, site.in_shape[0]), "down")
         if not given & {"magnitude", "dora_scale"}:
             return _flora(site, mid, inner, up, alpha / rank)
         down = torch.einsum("pq...,qi->pi...", mid, inner)
-    down = _shaped(down, (rank, *site.in_shape), "down")
+    down = shaped(down, (rank, *site.in_shape), "down")
     tensors = {"down": down, "up": up}
     short = None if alpha == rank else alpha
     if not given & {"magnitude", "dora_scale"}:
         return LoRA(rank=rank, alpha=short), tensors
     scale = roles["magnitude"] if "magnitude" in given else roles["dora_scale"]
     by_row = "magnitude" in given or len(scale) == site.width  # as ComfyUI and LyCORIS tell them apart
-    magnitude = _shaped(scale, (site.width if by_row else site.in_shape[0],), "a magnitude")
+    magnitude = shaped(scale, (site.width if by_row else site.in_shape[0],), "a magnitude")
     if base_norm and by_row:
         weight = site.weight.to(up.dtype)
         magnitude = magnitude * row_norms(weight + (alpha / rank * up @ down.flatten(1)).view(weight.shape))
@@ -149,8 +152,8 @@ def _loha(site: Site, roles: Mapping[str, Tensor]) -> Made:
     alpha = float(roles["alpha"]) if "alpha" in roles else float(rank)
     tensors = {}
     for i, side in ((1, "a"), (2, "b")):
-        tensors[f"up_{side}"] = _shaped(roles[f"hada_w{i}_a"], (site.width, rank), f"hada_w{i}_a")
-        tensors[f"down_{side}"] = _shaped(roles[f"hada_w{i}_b"], (rank, *site.in_shape), f"hada_w{i}_b")
+        tensors[f"up_{side}"] = shaped(roles[f"hada_w{i}_a"], (site.width, rank), f"hada_w{i}_a")
+        tensors[f"down_{side}"] = shaped(roles[f"hada_w{i}_b"], (rank, *site.in_shape), f"hada_w{i}_b")
     return LoHa(rank=rank, alpha=None if alpha == rank else alpha), tensors
 
 
@@ -165,23 +168,3 @@ def _flora(site: Site, mid: Tensor, inner: Tensor, up: Tensor, scale: float) -> 
     axes = {f"axes.{i}": torch.eye(k) for i, k in enumerate(kernel)}
     prototype = FLoRA(rank=rank, kernel_rank=max(kernel, default=1), scale=scale)
     return prototype, {"core": mid, "up": up, "inner": into, **axes}
-
-
-def _shaped(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-    if tensor.numel() != torch.Size(shape).numel():
-        raise ValueError(f"has {what} of shape {tuple(tensor.shape)}, the layer needs {tuple(shape)}")
-    return tensor.reshape(shape).float()
-
-
-def _graft(model: nn.Module, made: Mapping[str, Made], name: str) -> None:
-    before = {id(a) for a in adapters(model).values()}
-    for method in dict.fromkeys(type(prototype) for prototype, _ in made.values()):
-        mine = {own: p.hparams() for own, (p, _) in made.items() if type(p) is method}
-        first = next(iter(mine.values()))
-        targets = {f"re:{re.escape(o)}": {k: v for k, v in h.items() if first[k] != v} for o, h in mine.items()}
-        adapt(model, method(**first), targets, name)
-    for path, adapter in adapters(model, name).items():
-        if id(adapter) not in before:
-            state = adapter.state_dict()
-            for key, tensor in made[path.rpartition(".adapters.")[0]][1].items():
-                state[key].copy_(tensor)

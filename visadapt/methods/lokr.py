@@ -87,9 +87,8 @@ class LoKr(LowRank):
         """A with T in it (or R, whole), and s · B (or nothing)."""
         if hasattr(self, "right"):
             return self.right * self.scale if self.scale != 1 else self.right, None
-        down, up = self.right_down, self.right_up
-        down = torch.einsum("pq...,qi->pi...", self.right_core, down) if hasattr(self, "right_core") else down
-        return down, up * self.scale if self.scale != 1 else up
+        up, core = self.right_up * self.scale if self.scale != 1 else self.right_up, hasattr(self, "right_core")
+        return torch.einsum("pq...,qi->pi...", self.right_core, self.right_down) if core else self.right_down, up
 
     def delta(self) -> Tensor:
         """The formula itself."""

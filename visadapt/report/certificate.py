@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from visadapt.backbones.sd_latents import decode_latents, reduction
+from visadapt.backbones.sd_render import render_latents
 from visadapt.backbones.stable_diffusion import Diffusion, pipeline
 from visadapt.interop.diffusers_file import diffusers_path
 from visadapt.interop.keys import split
@@ -153,15 +154,7 @@ def written_files(path: Path, format: str) -> list[Path]:
 
 def _render(model: Diffusion, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Final latents and pictures of the stock pipeline made of the model's own modules."""
-    latents = pipeline(model)(
-        prompt=settings["prompts"],
-        generator=[torch.Generator().manual_seed(seed) for seed in settings["seeds"]],
-        num_inference_steps=settings["steps"],
-        guidance_scale=settings["guidance"],
-        height=settings["size"],
-        width=settings["size"],
-        output_type="latent",
-    ).images
+    latents = render_latents(model, **settings)
     return latents.float().cpu(), decode_latents(model, latents).float().cpu()
 
 
@@ -214,7 +207,7 @@ def _held(model: Diffusion) -> Counter[bytes]:
         p
         for module in parts(model).values()
         for n, p in module.named_parameters()
-        if "lora_" in n or "modules_to_save" in n
+        if any(sign in n for sign in ("lora_", "lokr_", "modules_to_save"))
     ]
     return Counter(map(_digest, found))
 
