@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visadapt.backbones.base import Backbone
 from visadapt.backbones.precision import at_least_float32
 from visadapt.backbones.sd_layout import TINY, Layout, check_kind, layout_of, presets, weights_place
+from visadapt.backbones.sd_lean import lean_unet
 from visadapt.backbones.sd_schedule import Prediction, schedulers
 
 MISSING = "Stable Diffusion needs diffusers and transformers: pip install 'visadapt[diffusion]'"
@@ -99,6 +100,8 @@ class StableDiffusion(Backbone):
         prediction: What the UNet predicts; None takes what the base's scheduler says. "flow" is rectified flow.
         zero_snr: Rescale the noise schedule so that the last step is pure noise (Lin et al. 2023,
             arXiv 2305.08891), in training and in sampling; needs "v_prediction".
+        lean: Make norms, activations and the inputs of adapted layers again in backward where that costs little,
+            instead of keeping them; outputs and gradients stay the same.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class StableDiffusion(Backbone):
         attention_slicing: bool = False,
         prediction: Prediction | None = None,
         zero_snr: bool = False,
+        lean: bool = True,
     ) -> None:
         self.name = name
         self.revision, self.variant, self.config = revision, variant, config
@@ -120,7 +124,7 @@ class StableDiffusion(Backbone):
         self.grad_checkpointing, self.channels_last = grad_checkpointing, channels_last
         self.attention_slicing = attention_slicing
         self.prediction: Prediction | None = prediction
-        self.zero_snr = zero_snr
+        self.zero_snr, self.lean = zero_snr, lean
 
     def build(self, num_classes: int | None = None, class_names: Sequence[str] | None = None) -> Diffusion:
         """Load the pipeline and take its networks; there are no classes, so the arguments change nothing.
@@ -138,6 +142,8 @@ class StableDiffusion(Backbone):
         if self.channels_last:
             model.unet.to(memory_format=torch.channels_last)
             model.vae.to(memory_format=torch.channels_last)
+        if self.lean:
+            lean_unet(model.unet)
         if self.grad_checkpointing:
             model.unet.enable_gradient_checkpointing()  # non-reentrant: frozen inputs still give gradients
             for name, part in model.named_children():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +87,8 @@ class TextToImage(BaseTask):
             raise ValueError(f"model.caption_dropout: {caption_dropout} is no share; 0.1 is usual")
         if val_times < 1:
             raise ValueError(f"model.val_times: {val_times}; at least 1 is needed")
+        if backbone.lean:
+            self.adaptations = [replace(adaptation, lean=True) for adaptation in self.adaptations]
         self.backbone = backbone
         self.what, self.tokens = train, list(tokens or [])
         self.noise, self.loss, self.preview, self.measures = noise, loss, preview, measures
