@@ -124,6 +124,8 @@ def _figures(facts: RunFacts) -> list[str]:
         rows.append(("step time (median)", f"{facts.step_ms:.1f} ms on {facts.device}"))
     if facts.peak_memory_mib is not None:
         rows.append(("peak memory", f"{facts.peak_memory_mib:,.0f} MiB ({facts.memory_kind})"))
+    if facts.started_from:
+        rows.append(("started from", f"`{facts.started_from}`"))
     if facts.base_hash:
         rows.append(("hash of the base", f"`{facts.base_hash[:16]}`"))
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in facts.versions.items())))

@@ -121,7 +121,7 @@ class Pictures(Kind):
         """A row for each prompt, headed by it: the base's picture beside the adapted one, seed by seed."""
         before = self.before.get("pictures")
         known = isinstance(before, Tensor) and before.shape == after.shape
-        sources = [("base", before), ("adapted", after)] if known else [("adapted", after)]
+        sources = [("start" if task.start else "base", before), ("adapted", after)] if known else [("adapted", after)]
         seeds = task.preview.seeds
         cell, row = SIDE + tiles.GAP, SIDE + 62
         width = len(sources) * len(seeds) * cell + tiles.GAP

@@ -167,6 +167,7 @@ class RunReport(Callback):
             memory_kind=kind,
             device=str(pl_module.device),
             resumed_from=self._resumed_from,
+            started_from=getattr(pl_module, "start", None),
             versions=versions(),
         )
         counted = va.summary(model)

@@ -73,6 +73,7 @@ class AutomaticSegmentation(Segmentation):
         schedule: Warm-up and decay of the learning rate.
         up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
         ema_decay: Keep an exponential average of the trained tensors with this decay.
+        start: Adapter file whose tensors the sets of the same name start from.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class AutomaticSegmentation(Segmentation):
         schedule: Schedule = DEFAULT_SCHEDULE,
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -110,6 +112,7 @@ class AutomaticSegmentation(Segmentation):
             schedule,
             up_lr_ratio,
             ema_decay,
+            start,
         )
         if num_classes != 2:
             raise ValueError(

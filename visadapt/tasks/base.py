@@ -25,6 +25,7 @@ from visadapt.optim.schedule import Schedule, total_steps
 from visadapt.tasks import checkpoint as ck
 from visadapt.tasks.hparams import UNKNOWN, plain
 from visadapt.tasks.sharding import shard
+from visadapt.tasks.start import Start
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -47,6 +48,7 @@ class BaseTask(L.LightningModule):
         ema_decay: Keep an exponential average of the trained tensors with this decay, evaluate and save it.
         rates: Learning rates of parts, by the name of a set of adapters or by the path of a module; the rest has the
             optimiser's.
+        start: Adapter file whose tensors the sets of the same name start from; a resumed run does not read it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class BaseTask(L.LightningModule):
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
         rates: dict[str, float] | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -68,6 +71,8 @@ class BaseTask(L.LightningModule):
         self.up_lr_ratio = up_lr_ratio
         self.ema_decay = ema_decay
         self.rates = dict(rates or {})
+        self.start = start
+        self._start_error: Exception | None = None
         self.base: dict[str, str] = {}
         self.model: nn.Module = None  # type: ignore[assignment]  # made by configure_model
 
@@ -112,9 +117,7 @@ class BaseTask(L.LightningModule):
 
         model = self.build()
         model.requires_grad_(False)
-        for adaptation in self.adaptations:
-            adaptation.apply(model)
-        self.thaw(model)
+        self._adapt(model)
         self.base = base_identity(model)  # now: training moves the statistics of trained norms
         self.model = model
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -125,6 +128,37 @@ class BaseTask(L.LightningModule):
             # A folder of shards would have to hold the frozen base as well; the trained tensors fit in one file.
             self.trainer.strategy._save_distributed_checkpoint = False  # type: ignore[attr-defined]
         self.train(self.training)
+
+    def _adapt(self, model: nn.Module) -> None:
+        """Adapters, what trains, and where they start.
+
+        A file that does not fit is told of later: a resumed run has its values from a checkpoint instead, and the
+        file may be gone by then.
+        """
+        found: Start | None = None
+        if self.start is not None:
+            try:
+                found = Start(model, self.start)
+            except (OSError, ValueError) as error:
+                self._start_error = error
+        for adaptation in self.adaptations:
+            adaptation.apply(model)
+        self.thaw(model)
+        if found is not None:
+            try:
+                found.fill(model)
+            except ValueError as error:
+                self._start_error = error
+
+    def _check_start(self) -> None:
+        if self._start_error is not None:
+            raise self._start_error
+
+    on_validation_start = on_test_start = on_predict_start = _check_start
+
+    def adapter_metadata(self) -> dict[str, str]:
+        """What the adapter file of a run says besides the adapters."""
+        return {} if self.start is None else {"start": self.start}
 
     def train(self, mode: bool = True) -> BaseTask:
         """As usual, but a frozen BatchNorm stays in evaluation mode: its statistics belong to the base."""
@@ -172,6 +206,8 @@ class BaseTask(L.LightningModule):
     # --- optimiser ---------------------------------------------------------------------
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One group per (decay, learning rate); small tensors are stepped as one (see ``optim.flat``)."""
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self._check_start()
         defaults = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults
         decay = float(defaults.get("weight_decay", 0.0))
         groups = parameter_groups(self.model, float(defaults["lr"]), decay, self.up_lr_ratio, self.rates)
@@ -191,6 +227,7 @@ class BaseTask(L.LightningModule):
 
     def on_train_start(self) -> None:
         """After a resume: state comes from the checkpoint, hyper-parameters from the configuration."""
+        self._check_start()
         for optimizer, schedule in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs):
             scheduler: Any = schedule.scheduler
             for i, (group, configured) in enumerate(zip(optimizer.param_groups, self._configured)):
@@ -251,6 +288,7 @@ class BaseTask(L.LightningModule):
         ck.check_base(checkpoint.get("base"), self.base, "the checkpoint")
         ck.check_names(ck.trained_names(self), set(shapes), "the checkpoint")
         ck.check_shapes(self, shapes, "the checkpoint")
+        self._start_error = None
 
 
 def _trains(module: nn.Module) -> bool:

@@ -47,6 +47,7 @@ class Classification(BaseTask):
         schedule: Warm-up and decay of the learning rate.
         up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
         ema_decay: Keep an exponential average of the trained tensors with this decay.
+        start: Adapter file whose tensors the sets of the same name start from.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Classification(BaseTask):
         schedule: Schedule = DEFAULT_SCHEDULE,
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
+        start: str | None = None,
     ) -> None:
-        super().__init__(adapters, optimizer, schedule, up_lr_ratio, ema_decay)
+        super().__init__(adapters, optimizer, schedule, up_lr_ratio, ema_decay, start=start)
         _check(num_classes, self.adaptations, train, head, mixup, cutmix)
         self.backbone = backbone
         self.num_classes = num_classes

@@ -77,6 +77,7 @@ class PromptedSegmentation(Segmentation):
         schedule: Warm-up and decay of the learning rate.
         up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
         ema_decay: Keep an exponential average of the trained tensors with this decay.
+        start: Adapter file whose tensors the sets of the same name start from.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class PromptedSegmentation(Segmentation):
         schedule: Schedule = DEFAULT_SCHEDULE,
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -113,6 +115,7 @@ class PromptedSegmentation(Segmentation):
             schedule,
             up_lr_ratio,
             ema_decay,
+            start,
         )
         self.prompts: list[Kind] = ["box", "point"] if prompts is None else list(prompts)
         if not self.prompts:

@@ -41,6 +41,7 @@ class Segmentation(BaseTask):
         schedule: Warm-up and decay of the learning rate.
         up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
         ema_decay: Keep an exponential average of the trained tensors with this decay.
+        start: Adapter file whose tensors the sets of the same name start from.
     """
 
     report_kind = "masks"
@@ -59,8 +60,9 @@ class Segmentation(BaseTask):
         schedule: Schedule = DEFAULT_SCHEDULE,
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
+        start: str | None = None,
     ) -> None:
-        super().__init__(adapters, optimizer, schedule, up_lr_ratio, ema_decay)
+        super().__init__(adapters, optimizer, schedule, up_lr_ratio, ema_decay, start=start)
         if num_classes < 2:
             raise ValueError(f"model.num_classes: {num_classes}; segmentation needs the background and one class more")
         self.backbone = backbone

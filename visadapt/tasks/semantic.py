@@ -79,6 +79,7 @@ class SemanticSegmentation(Segmentation):
         schedule: Warm-up and decay of the learning rate.
         up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
         ema_decay: Keep an exponential average of the trained tensors with this decay.
+        start: Adapter file whose tensors the sets of the same name start from.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class SemanticSegmentation(Segmentation):
         schedule: Schedule = DEFAULT_SCHEDULE,
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
+        start: str | None = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -114,6 +116,7 @@ class SemanticSegmentation(Segmentation):
             schedule,
             up_lr_ratio,
             ema_decay,
+            start,
         )
         if class_weights is not None and (
             len(class_weights) != num_classes or min(class_weights) < 0 or not any(class_weights)

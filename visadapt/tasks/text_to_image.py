@@ -59,6 +59,7 @@ class TextToImage(BaseTask):
         up_lr_ratio: Learning rate of up factors over that of the others (LoRA+).
         ema_decay: Keep an exponential average of the trained tensors with this decay.
         rates: Learning rates of parts, by the name of a set or by a path such as ``text_encoder``.
+        start: Adapter file whose tensors the sets of the same name start from.
     """
 
     report_kind = "pictures"
@@ -81,8 +82,9 @@ class TextToImage(BaseTask):
         up_lr_ratio: float = 1.0,
         ema_decay: float | None = None,
         rates: dict[str, float] | None = None,
+        start: str | None = None,
     ) -> None:
-        super().__init__(adapters, optimizer, schedule, up_lr_ratio, ema_decay, rates)
+        super().__init__(adapters, optimizer, schedule, up_lr_ratio, ema_decay, rates, start)
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"model.caption_dropout: {caption_dropout} is no share; 0.1 is usual")
         if val_times < 1:
@@ -125,7 +127,7 @@ class TextToImage(BaseTask):
 
     def adapter_metadata(self) -> dict[str, str]:
         """What the adapter file of a run says besides the adapters."""
-        return metadata(self.model)
+        return super().adapter_metadata() | metadata(self.model)
 
     def encoding_cache(self, folder: str | Path, max_bytes: int) -> EncodingCache:
         """The frozen encoders with a folder that keeps what they make; data modules with a cache ask for it."""
