@@ -42,7 +42,7 @@ SHARED = {
     "similarity, not asked": f"similarity to the pictures, not asked for{JUDGE}",
     "drift, not asked": f"drift from the base, not asked for{JUDGE}",
     "diversity": f"diversity{JUDGE}",
-    "KID × 1000": f"KID × 1000{JUDGE}",
+    "KID": f"KID{JUDGE}",
 }
 COLUMNS = {  # heading of a column → figure of the report
     task: {
@@ -85,8 +85,10 @@ def search(task: str, rows: list[str], rates: list[float], out: Path, jobs: int)
 
 
 def after(facts: dict[str, Any], task: str, when: str = "after") -> dict[str, float]:
-    """Figures of a run by the heading of their column; what a run lacks is left out."""
-    known = {heading: facts["figures"].get(f"{name}, {when}") for heading, name in COLUMNS[task].items()}
+    """Figures of a run by the heading of their column; what a run lacks is left out, what the base has none of too."""
+    figures = facts["figures"]
+    own = {name: figures.get(name) for name in COLUMNS[task].values()} if when == "after" else {}
+    known = {heading: figures.get(f"{name}, {when}", own.get(name)) for heading, name in COLUMNS[task].items()}
     return {
         heading: 100 * value if heading.endswith("%") else value
         for heading, value in known.items()
@@ -109,7 +111,7 @@ def table(found: dict[str, list[dict[str, Any]]], task: str) -> str:
     for title, runs, when in [(BASE, first, "before"), *((ROWS[row], runs, "after") for row, runs in found.items())]:
         figures = [after(facts, task, when) for facts in runs]
         cells = [
-            _runs.spread([one[heading] for one in figures if heading in one], 1 if heading.endswith(("%", "00")) else 3)
+            _runs.spread([one[heading] for one in figures if heading in one], 1 if heading.endswith("%") else 3)
             for heading in COLUMNS[task]
         ]
         cost = ["", "", ""]

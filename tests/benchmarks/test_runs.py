@@ -59,6 +59,8 @@ def test_spread_and_search():
 def facts(asked, minutes=1.0):
     figures = {f"{name}, {when}": asked for name in text_to_image.COLUMNS["subject"].values() for when in ("after",)}
     figures |= {"share with the subject, asked for, before": 0.01, "similarity among the pictures (judge)": 0.9}
+    drift = "drift from the base, not asked for (judge)"  # only the trained model has one
+    figures[drift] = figures.pop(f"{drift}, after")
     return {"figures": figures, "trainable": 1234, "adapter_bytes": 2048, "minutes": minutes}
 
 
@@ -71,7 +73,8 @@ def test_a_table_has_the_base_the_spread_and_the_costs(tmp_path):
     assert text[0].startswith("| subject | shown when asked % | shown when not asked % | right background % |")
     assert text[2].startswith("| base | 1.0 | ")
     assert text[3].startswith("| LoRA | 60.0 ± 14.1 | ")
-    assert text[3].endswith("| 1,234 | 2 | 1.5 |")
+    assert text[3].split(" | ")[8] == "0.600 ± 0.141"
+    assert text[3].endswith("| 1,234 | 2 | 1.0 |")
     assert text[-1] == "Similarity among the real pictures: 0.900."
     assert len({line.count("|") for line in text[:4]}) == 1
 

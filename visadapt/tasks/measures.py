@@ -178,7 +178,7 @@ class Measuring:
             by_prompt = shown.features.unflatten(0, (-1, self.options.seeds))
             figures[f"diversity ({title})"] = renders.diversity(by_prompt)
         if min(len(real), len(shown.features)) > 1:
-            figures[f"KID × 1000 ({title})"] = 1000 * renders.kid(shown.features, real)
+            figures[f"KID ({title})"] = renders.kid(shown.features, real)
             if self.options.fid:
                 figures[f"FID ({title})"] = renders.fid(shown.features, real)
         return figures | ({} if shown.clip is None else {"CLIP score": float(shown.clip.mean())})
