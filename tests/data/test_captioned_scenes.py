@@ -24,6 +24,14 @@ def test_every_kind(kind, draw):
     assert [len(data.dataset(stage)) for stage in ("val", "test")] == [3, 2]
 
 
+def test_subject_and_style_together():
+    data = Scenes("both", train_size=3, val_size=2)
+    captions = [data.dataset("train")[i]["caption"] for i in range(6)]
+    assert [caption.startswith("a sks shape") for caption in captions] == [True] * 3 + [False] * 3
+    assert all(caption.endswith("in sks style") for caption in captions[3:])
+    assert len(data.labels("val")) == len(data.dataset("val")) == 4
+
+
 def test_stages_and_seeds():
     def pictures(stage, seed=0):
         dataset = Scenes(train_size=8, val_size=8, seed=seed).dataset(stage)

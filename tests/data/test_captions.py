@@ -1,13 +1,15 @@
 """Captions: every layout that people have, and every mistake in one told by file."""
 
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from tests.captioned_tasks import Words
-from visadapt.data.captions import BadCaption, Captions, find_captions, too_long
+from visadapt.data.captions import BadCaption, Captions, find_captions, too_long, warn_of_long
 
 
 def picture(path):
@@ -190,3 +192,31 @@ def test_options_that_contradict_each_other():
 def test_long_captions_are_found_with_their_tokens():
     named = [("a.png", "one two three four"), ("b.png", "one two three four five"), ("c.png", "x " * 9)]
     assert too_long(named, Words()) == [("b.png", 7), ("c.png", 11)]
+
+
+class Limited:
+    """A tokenizer that counts words."""
+
+    def __init__(self, limit):
+        self.model_max_length = limit
+
+    def __call__(self, texts, verbose=True):
+        assert texts  # transformers' own fail on an empty list
+        return {"input_ids": [[0] * (len(text.split()) + 2) for text in texts]}
+
+
+def test_either_tokenizer_cuts():
+    """SDXL has two, and a caption that one of them cuts is told once."""
+    model = SimpleNamespace(tokenizer=Limited(9), tokenizer_2=Limited(5))
+    captions = [("a.png", "one two"), ("b.png", "one two three four"), ("c.png", "one " * 9)]
+    with pytest.warns(
+        UserWarning, match=r"data: 2 caption\(s\) .* 5 tokens and are cut: 'c.png' \(11\), 'b.png' \(6\)"
+    ):
+        warn_of_long(captions, model)
+    with pytest.warns(UserWarning, match=r"preview: 1 caption\(s\) .* 9 tokens and are cut: 'c.png' \(11\);"):
+        warn_of_long(captions, SimpleNamespace(tokenizer=model.tokenizer, tokenizer_2=None), "preview")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long(captions[:1], model)
+        warn_of_long(captions, None)
+        warn_of_long([], model)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from visadapt.data.base import BaseData, Stage
 from visadapt.data.buckets import Buckets
 from visadapt.data.captioned import Captioned, CaptionedSet, Find
-from visadapt.data.captions import Captions, too_long
+from visadapt.data.captions import Captions, warn_of_long
 
 PLAIN = Captions()
 
@@ -101,9 +100,10 @@ class CaptionedData(BaseData):
             NotImplementedError: The stage is "predict": a prompt is no picture.
         """
         if stage == "predict":
-            raise NotImplementedError("pictures are made from prompts, not from data: README.md of a run says how")
+            raise NotImplementedError("predict renders prompts: visadapt predict --adapter FILE --prompts TEXT …")
         pictures = self.pictures(stage)
-        self._warn_of_long_captions(pictures)
+        named = sorted({(picture.name, self.captions(picture.caption, False)) for picture in pictures})
+        warn_of_long(named, None if self.trainer is None else getattr(self.trainer.lightning_module, "model", None))
         encodings = self.encodings()
         find: Find | None = None if encodings is None else encodings.images.latents
         return CaptionedSet(pictures, self.buckets, self.captions, self.flip, self.random_crop, stage == "train", find)
@@ -160,17 +160,3 @@ class CaptionedData(BaseData):
                 raise ValueError(f"data.cache: {type(task).__name__} has no encoders to cache for; remove data.cache")
             self._encodings = task, offer(self.cache, int(self.cache_gib * 2**30))
         return self._encodings[1]
-
-    def _warn_of_long_captions(self, pictures: Sequence[Captioned]) -> None:
-        """Say which captions the tokenizer of the task's model cuts."""
-        model = None if self.trainer is None else getattr(self.trainer.lightning_module, "model", None)
-        tokenizer = getattr(model, "tokenizer", None)
-        if tokenizer is None:
-            return
-        named = sorted({(picture.name, self.captions(picture.caption, False)) for picture in pictures})
-        if long := too_long(named, tokenizer):
-            listed = ", ".join(f"'{name}' ({count})" for name, count in long[:3])
-            rank_zero_warn(
-                f"data: {len(long)} caption(s) have more than the tokenizer's {tokenizer.model_max_length} tokens and "
-                f"are cut: {listed}{' …' if len(long) > 3 else ''}; shorten them"
-            )

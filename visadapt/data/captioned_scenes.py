@@ -15,7 +15,7 @@ from visadapt.data.captioned import Captioned
 from visadapt.data.captioned_data import PLAIN, CaptionedData
 from visadapt.data.captions import Captions
 
-Kind = Literal["scenes", "subject", "style", "digits"]
+Kind = Literal["scenes", "subject", "style", "digits", "both"]
 _DRAW: dict[str, Callable[[int, int, int, str], scenes.Picture]] = {
     "scenes": scenes.scene,
     "subject": scenes.subject,
@@ -33,11 +33,11 @@ class Scenes(CaptionedData):
 
     Args:
         kind: "scenes" (the world that ``tiny_sd`` knows), or what it never saw: "subject" ("a sks shape on …"),
-            "style" ("… in sks style"), "digits" (real handwriting in colour).
+            "style" ("… in sks style"), "digits" (real handwriting in colour); "both" is the subject, then the style.
         size: Side of the pictures in pixels.
-        train_size: Training pictures.
-        val_size: Validation pictures.
-        test_size: Test pictures.
+        train_size: Training pictures, of "both" so many each.
+        val_size: Validation pictures, likewise.
+        test_size: Test pictures, likewise.
         prior_size: Pictures of the kind "scenes" added to the training as pictures of the class (prior preservation).
         captions: Prefix and shuffled tags.
         flip: Mirror half of the training pictures.
@@ -89,15 +89,18 @@ class Scenes(CaptionedData):
 
     def pictures(self, stage: Stage) -> Sequence[Captioned]:
         """The pictures of a stage."""
-        own = self._drawn(self.kind, stage, self.counts[stage])
+        own = self._own(stage)
         if stage == "train" and self.prior_size:
             own += self._drawn("scenes", stage, self.prior_size, prior=True)
         return own
 
     def labels(self, stage: Stage) -> list[dict[str, int]]:
         """What each picture of a stage shows, as class numbers; see `visadapt.data.scenes.scene`."""
-        pictures = self._drawn(self.kind, stage, self.counts[stage])
-        return [drawing.draw()[2] for drawing in pictures]
+        return [drawing.draw()[2] for drawing in self._own(stage)]
+
+    def _own(self, stage: Stage) -> list[Drawing]:
+        kinds = ("subject", "style") if self.kind == "both" else (self.kind,)
+        return [drawing for kind in kinds for drawing in self._drawn(kind, stage, self.counts[stage])]
 
     def _drawn(self, kind: str, stage: str, count: int, prior: bool = False) -> list[Drawing]:
         seed = self.seed if stage == "train" else _FIXED_SEED

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from visadapt.data.images import SUFFIXES
 from visadapt.data.masks import raise_all
@@ -233,6 +234,30 @@ def too_long(captions: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[
         captions: Name of the picture, and its caption.
         tokenizer: A transformers tokenizer.
     """
+    if not captions:  # transformers' tokenizers refuse an empty list
+        return []
     texts = sorted({caption for _, caption in captions})
     counts = dict(zip(texts, map(len, tokenizer(texts, verbose=False)["input_ids"])))
     return [(name, counts[text]) for name, text in captions if counts[text] > tokenizer.model_max_length]
+
+
+def warn_of_long(captions: Sequence[tuple[str, str]], model: Any, where: str = "data") -> None:
+    """Say which captions the tokenizers of a model cut; SDXL has two, which may have different limits.
+
+    Args:
+        captions: Name of the picture, and its caption.
+        model: Has ``tokenizer`` and perhaps ``tokenizer_2``; None or a model without them says nothing.
+        where: What the captions belong to, for the message.
+    """
+    cut: dict[str, int] = {}
+    limits = set()
+    for tokenizer in (getattr(model, "tokenizer", None), getattr(model, "tokenizer_2", None)):
+        if tokenizer is not None and (long := too_long(captions, tokenizer)):
+            cut |= {name: max(count, cut.get(name, 0)) for name, count in long}
+            limits.add(tokenizer.model_max_length)
+    if cut:
+        listed = ", ".join(f"'{name}' ({count})" for name, count in list(cut.items())[:3])
+        rank_zero_warn(
+            f"{where}: {len(cut)} caption(s) have more than the tokenizer's {min(limits)} tokens and are cut: "
+            f"{listed}{' …' if len(cut) > 3 else ''}; shorten them"
+        )
