@@ -208,6 +208,10 @@ class LowRank(Delta):
         inner, kernel, up = chain
         return layer.pointwise(layer.op(layer.pointwise(x, inner), kernel), up)
 
+    def onto(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """W x + b + strength · ΔW x of a frozen Linear in one operation; None, the rule, means that `side` is added."""
+        return None
+
     def delta(self) -> Tensor:
         """Up · down, as a dense tensor (merge and weight views only)."""
         down, up = self.factors()

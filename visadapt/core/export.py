@@ -29,6 +29,11 @@ class Factors:
     error: float
 
 
+def acting(model: nn.Module) -> dict[str, Grafted]:
+    """Layer name -> layer, of the adapted ones that some set acts on: sets at strength 0 change nothing."""
+    return {name: layer for name, layer in grafted(model) if layer._views or layer.active("weight")}
+
+
 def lora_factors(model: nn.Module, rank: int | None = None) -> dict[str, Factors]:
     """Layer name -> factors of everything that its adapters do to its weight.
 
@@ -40,9 +45,9 @@ def lora_factors(model: nn.Module, rank: int | None = None) -> dict[str, Factors
         ValueError: a layer's change is no single weight update, is on a grouped or transposed
             convolution or a weight view, or needs an SVD and `rank` is None.
     """
-    found = {name: layer_factors(name, layer, rank) for name, layer in grafted(model)}
+    found = {name: layer_factors(name, layer, rank) for name, layer in acting(model).items()}
     if not found:
-        raise ValueError("nothing to export: the model has no adapters")
+        raise ValueError("nothing to export: the model has no adapters, or all are at strength 0")
     return found
 
 
@@ -76,7 +81,7 @@ def _exact(layer: Grafted) -> Factors | None:
 
 
 def _truncated(name: str, layer: Grafted, rank: int | None) -> Factors:
-    methods = ", ".join(sorted({type(a).__name__ for a in layer.active("weight")})) or "a set at strength 0"
+    methods = ", ".join(sorted({type(a).__name__ for a in layer.active("weight")}))
     if rank is None:
         raise ValueError(
             f"'{name}' is changed by {methods}, which is no low-rank update; give `rank` (--rank) to approximate it by "

@@ -54,6 +54,8 @@ class AdaptedLayer(Grafted):
         elif (chain := self._take_chain(todo)) is not None:
             y = chain_update(self, input, self.weight, self.bias, chain, todo[0].rows, size)  # type: ignore[arg-type]
             todo = todo[1:]
+        elif (whole := self._take_whole(todo, input)) is not None:
+            y, todo = whole, todo[1:]
         elif todo and not _acts_on_output(todo[0]):
             maps = [a for a in todo if not _acts_on_output(a)]
             todo = todo[len(maps) :]
@@ -71,6 +73,13 @@ class AdaptedLayer(Grafted):
             return None
         chain, strength = todo[0].chain(), todo[0].strength
         return chain if chain is None or strength == 1 else (*chain[:2], chain[2] * strength)
+
+    def _take_whole(self, todo: list[Adapter], x: Tensor) -> Tensor | None:
+        # The Linear and the adapter at the front of all its rows, where that has one operation for both.
+        if not todo or not isinstance(todo[0], LowRank) or todo[0].rows is not None or not isinstance(self, nn.Linear):
+            return None
+        frozen = ops.is_plain(self) and not self.weight.requires_grad
+        return todo[0].onto(x, self.weight, self.bias) if frozen else None
 
     def _take_parts(self, todo: list[Adapter]) -> tuple[list[Part], list[Adapter]]:
         # The adapters at the front that the fused operation can do, and the others.

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from visadapt.core import ops
+from visadapt.core.export import acting
 from visadapt.core.layer import Grafted
-from visadapt.core.model import grafted, is_adapter_key
+from visadapt.core.model import is_adapter_key
 
 UNET = "unet"
 TEXT = ("text_encoder", "text_encoder_2")
@@ -65,11 +66,12 @@ def adapted(model: nn.Module) -> dict[str, tuple[str, str, Grafted]]:
             a parameter outside adapters that was trained.
     """
     named = {path: (part, name) for part, name, path in layers(model)}
-    found = {path: (*named[path], layer) for path, layer in grafted(model) if path in named}
-    if strange := [path for path, _ in grafted(model) if path not in named]:
+    every = acting(model)
+    found = {path: (*named[path], layer) for path, layer in every.items() if path in named}
+    if strange := [path for path in every if path not in named]:
         raise ValueError(f"'{strange[0]}' is adapted, but these files hold unet and text encoders only; merge instead")
     if not found:
-        raise ValueError("nothing to export: the model has no adapters")
+        raise ValueError("nothing to export: the model has no adapters, or all are at strength 0")
     trained = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)]
     trained = [n for n in trained if not n.endswith(NEW_TOKENS)]
     if trained:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import nn
 
-from visadapt.core.export import lora_factors
-from visadapt.core.model import adapt, adapters, grafted, is_adapter_key
+from visadapt.core.export import acting, lora_factors
+from visadapt.core.model import adapt, adapters, is_adapter_key
 from visadapt.core.site import Site
 from visadapt.core.state import base_identity
 from visadapt.interop.forms import only_dora
@@ -46,11 +46,11 @@ def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> 
         config, tensors, error = _folder(model, rank)
         _write(Path(path), config, tensors)
         return error
-    changed = {part: module for part, module in parts(model).items() if any(grafted(module))}
-    if strange := [name for name, _ in grafted(model) if name.partition(".")[0] not in changed]:
+    changed = {part: module for part, module in parts(model).items() if acting(module)}
+    if strange := [name for name in acting(model) if name.partition(".")[0] not in changed]:
         raise ValueError(f"'{strange[0]}' is adapted, but only unet and text encoders have PEFT folders; merge instead")
     if not changed:
-        raise ValueError("nothing to export: the model has no adapters")
+        raise ValueError("nothing to export: the model has no adapters, or all are at strength 0")
     folders = {part: _folder(module, rank) for part, module in changed.items()}
     for part, (config, tensors, _) in folders.items():
         _write(Path(path) / part, config, tensors)
@@ -60,7 +60,8 @@ def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> 
 def _folder(model: nn.Module, rank: int | None) -> tuple[dict[str, Any], dict[str, torch.Tensor], float]:
     """Configuration, tensors and largest error."""
     native = _lokrs(model)
-    use_dora = all(only_dora(layer) for _, layer in grafted(model)) and any(grafted(model))
+    layers = acting(model)
+    use_dora = bool(layers) and all(only_dora(layer) for layer in layers.values())
     tensors, ranks, error = native[1:] if native else _doras(model) if use_dora else _loras(model, rank)
     trained = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)]
     saved = sorted({n.rpartition(".")[0] for n in trained if not n.endswith(NEW_TOKENS)})
@@ -92,9 +93,10 @@ def _loras(model: nn.Module, rank: int | None) -> tuple[dict[str, torch.Tensor],
 
 def _doras(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, int], float]:
     tensors, ranks = {}, {}
-    for path, adapter in adapters(model).items():
-        assert isinstance(adapter, DoRA)
-        name, ones = path.rpartition(".adapters.")[0], [1] * (adapter.down.dim() - 2)
+    for name, layer in acting(model).items():
+        adapter = only_dora(layer)
+        assert adapter is not None
+        ones = [1] * (adapter.down.dim() - 2)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.down.detach()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (adapter.up * adapter.scale).detach().view(*adapter.up.shape, *ones)
         m = adapter.magnitude.detach()
@@ -105,7 +107,7 @@ def _doras(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, int], f
 
 def _lokrs(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, int], float] | None:
     """PEFT's own LoKr, where that is all there is and PEFT would make the same shapes."""
-    found = {name: (only_lokr(layer), layer) for name, layer in grafted(model)}
+    found = {name: (only_lokr(layer), layer) for name, layer in acting(model).items()}
     mine = {name: (one, layer) for name, (one, layer) in found.items() if one is not None}
     made = peft_config(mine) if mine and len(mine) == len(found) else None
     if made is None:

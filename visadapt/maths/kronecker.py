@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,7 +37,9 @@ def beside_identity(whole: Tensor) -> tuple[Tensor, Tensor]:
     return up, down.view(q, *whole.shape[1:])
 
 
-def kron_apply(x: Tensor, left: Tensor, down: Tensor, up: Tensor | None) -> Tensor:
+def kron_apply(
+    x: Tensor, left: Tensor, down: Tensor, up: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """(left ⊗ (up · down)) x for rows x (…, i1·i2): seen as i1 rows of i2, right factors act within them, left across.
 
     Args:
@@ -44,17 +47,21 @@ def kron_apply(x: Tensor, left: Tensor, down: Tensor, up: Tensor | None) -> Tens
         left: (o1, i1).
         down: (q, i2).
         up: (o2, q), or None for the identity (o2 = q).
+        weight: frozen weight (o1 · o2, i1 · i2) of a Linear, whose output W x + b is then added to in place; and so is
+            the gradient for x.
+        bias: of that Linear.
 
     Returns:
         (…, o1 · o2).
     """
     if torch.compiler.is_compiling():
         z = left @ (x.unflatten(-1, (left.shape[1], -1)) @ down.t())
-        return (z if up is None else z @ up.t()).flatten(-2)
+        z = (z if up is None else z @ up.t()).flatten(-2)
+        return z if weight is None else F.linear(x, weight, bias) + z
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        given = (x.to(dtype), left.to(dtype), down.to(dtype), None if up is None else up.to(dtype))
+        given = [None if t is None else t.to(dtype) for t in (x, left, down, up, weight, bias)]
         out: Tensor = KronApply.apply(*given)  # type: ignore[no-untyped-call]
     return out
 
@@ -77,17 +84,24 @@ class KronApply(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, left: Tensor, down: Tensor, up: Tensor | None) -> Tensor:  # type: ignore[override]  # noqa: D102
+    def forward(  # type: ignore[override]  # noqa: D102
+        ctx: Any, x: Tensor, left: Tensor, down: Tensor, up: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         z = x.reshape(-1, down.shape[1]) @ down.t()
         m = _within(left @ _across(z, left.shape[1]), len(down))
-        ctx.save_for_backward(x, left, down, up)
-        return (m if up is None else m @ up.t()).view(*x.shape[:-1], -1)
+        ctx.save_for_backward(x, left, down, up, weight)
+        if weight is None:
+            return (m if up is None else m @ up.t()).view(*x.shape[:-1], -1)
+        y = F.linear(x, weight, bias)
+        flat = y.view(-1, m.shape[1] if up is None else len(up))
+        flat.add_(m) if up is None else flat.addmm_(m, up.t())
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]  # noqa: D102
         with torch.autocast(grad.device.type, enabled=False):
-            x, left, down, up = ctx.saved_tensors
+            x, left, down, up, weight = ctx.saved_tensors
             flat, q = x.reshape(-1, down.shape[1]), len(down)
             z = _across(flat @ down.t(), left.shape[1])
             g, grad_up = grad.reshape(-1, q if up is None else len(up)), None
@@ -96,5 +110,9 @@ class KronApply(torch.autograd.Function):
                 g = g @ up
             g = _across(g, len(left))
             grad_z = _within(left.t() @ g, q)
-            grad_x = (grad_z @ down).view(x.shape) if ctx.needs_input_grad[0] else None
-            return grad_x, g @ z.t(), grad_z.t() @ flat, grad_up
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                base = None if weight is None else (grad.reshape(-1, len(weight)) @ weight).view(flat.shape)
+                grad_x = (grad_z @ down if base is None else base.addmm_(grad_z, down)).view(x.shape)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[5] else None
+            return grad_x, g @ z.t(), grad_z.t() @ flat, grad_up, None, grad_bias

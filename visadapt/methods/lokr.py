@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,7 @@ class LoKr(LowRank):
 
     L (o1, i1), B (o2, rank), A (rank, i2, *kernel) with o1 · o2 = out, i1 · i2 = in. R = B A is one tensor where
     rank ≥ max(o2, i2) / 2, and s = 1 where L and R are whole. L and B kaiming-uniform, A (or R) zero at start.
-    It acts in thin steps: R within blocks of i2 inputs, L across the blocks. As a LoRA, which files of tools that do
-    not know LoKr hold, it has rank min(o1, i1) · rank.
+    It acts in thin steps, R within blocks of i2 inputs and L across them; as a LoRA it has rank min(o1, i1) · rank.
 
     Yeh et al. 2024 (LyCORIS), arXiv 2309.14859, code: github.com/KohakuBlueleaf/LyCORIS (4.1.3), whose splits,
     scale and start these are; Kronecker adapters before it: Edalati et al. 2022, arXiv 2212.10650.
@@ -26,8 +27,8 @@ class LoKr(LowRank):
     Args:
         rank: inner dimension of what is factored.
         alpha: numerator of the scale; None means `rank`, a scale of 1.
-        factor: one of the two factors of out and in where it divides them, else a bound on o1 and i1; -1 splits
-            nearest to the square root. Two numbers are o1 and i1 themselves.
+        factor: a factor of out and in where it divides them, else a bound on o1 and i1; -1 splits nearest to the root;
+            two numbers are o1 and i1.
         decompose_both: factor L as well, where rank < max(o1, i1) / 2.
         full: keep L and R whole whatever the rank.
         tucker: on kernels larger than 1 R = T ×₁ B ×₂ A with T (rank, rank, *kernel) and A (rank, i2).
@@ -38,6 +39,7 @@ class LoKr(LowRank):
     decompose_both: bool = False
     full: bool = False
     tucker: bool = False
+    fusable: ClassVar[bool] = False  # type: ignore[misc]  # thin steps are cheaper than the factors of a LoRA
 
     def _sizes(self, layer: Site) -> tuple[int, int, int, int]:
         sizes = layer.width, layer.in_shape[0]
@@ -70,11 +72,6 @@ class LoKr(LowRank):
             self.right_core = kaiming(layer, r, r, *kernel)
 
     @property
-    def fusable(self) -> bool:
-        """The two thin steps are cheaper than the factors of a LoRA."""
-        return False
-
-    @property
     def scale(self) -> float:
         """The factor s."""
         whole = hasattr(self, "left") and hasattr(self, "right")
@@ -102,19 +99,21 @@ class LoKr(LowRank):
         first, second = (self.left_up, self.left_down) if hasattr(self, "left_up") else beside_identity(self.left)
         return kron(second, down), kron(first, up)
 
+    def onto(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """W x + b + ΔW x in one operation."""
+        return kron_apply(x, self._left() * self.strength, *self._right(), weight, bias)
+
     def side(self, x: Tensor, layer: Site) -> Tensor:
         """ΔW ∗ x: R within blocks of i2 channels, L across them; dense where a convolution has groups."""
         if layer.groups > 1:
             return layer.op(x, self.delta())
-        (down, up), left = self._right(), self._left()
+        left, (down, up) = self._left(), self._right()
         if down.dim() == 2:
             return kron_apply(x, left, down, up)
         places = x.dim() - (down.dim() - 2)
         blocks = x.reshape(-1, down.shape[1], *x.shape[places:])
-        if hasattr(self, "right_core"):
-            z = layer.op(layer.pointwise(blocks, self.right_down), self.right_core)
-        else:
-            z = layer.op(blocks, down)
+        core = getattr(self, "right_core", None)
+        z = layer.op(blocks, down) if core is None else layer.op(layer.pointwise(blocks, self.right_down), core)
         m = left.to(z.dtype) @ z.reshape(-1, left.shape[1], z[0].numel())
         m = m.reshape(*x.shape[: places - 1], -1, *z.shape[2:])
         return m if up is None else layer.pointwise(m, up)
