@@ -336,3 +336,32 @@ def test_a_checkpoint_rebuilds_the_task(tmp_path):
     again = TextToImage.load_from_checkpoint(tmp_path / "last.ckpt")
     assert (again.noise, again.loss, again.tokens) == (found.noise, found.loss, found.tokens)
     assert same(weights(again), weights(found))
+
+
+# --- content and style apart -------------------------------------------------------------
+def test_auxiliary_pictures_train_one_factor_and_the_others_the_other():
+    """Each gradient is that of its own pictures alone; the loss is what it is without."""
+    sets = [va.Adaptation(va.B4M(rank=4), ["unet.cross"])]
+    prior = torch.tensor([False, True, False])
+    options = {"adapters": sets, "loss": Loss(auxiliary="up")}
+
+    def gradients(weight=None, **given):
+        found = made(**{**options, **given})
+        with torch.no_grad():
+            for adapter in va.adapters(found.model).values():
+                adapter.up.normal_(generator=torch.Generator().manual_seed(1))
+        found.loss.prior_weight = 1.0 if weight is None else weight
+        value = loss(found, batch(3, prior=prior))
+        value.backward()
+        return value.detach(), {n: p.grad for n, p in found.model.named_parameters() if p.requires_grad}
+
+    value, apart = gradients()
+    plain, _ = gradients(loss=Loss())
+    assert torch.allclose(value, plain, rtol=1e-5)
+    _, content = gradients(0.0, loss=Loss())  # without the auxiliary pictures
+    _, both = gradients(loss=Loss())
+    for name, gradient in apart.items():
+        wanted = both[name] - content[name] if name.endswith("up") else content[name]
+        assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-6), name
+    with pytest.raises(ValueError, match="grad_checkpointing"):
+        made(**options, backbone={"grad_checkpointing": True})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visadapt.backbones.sd_latents import decode_latents, reduction
+from visadapt.backbones.sd_notices import without_notices
 from visadapt.backbones.stable_diffusion import Diffusion, pipeline
 
 
@@ -20,7 +21,7 @@ def render(
     seeds: Sequence[int],
     steps: int = 20,
     guidance: float = 5.0,
-    size: int | tuple[int, int] | None = None,
+    size: int | Sequence[int] | None = None,
     negative: str | None = None,
     chunk: int = 8,
 ) -> Tensor:
@@ -56,7 +57,7 @@ def render_latents(
     seeds: Sequence[int],
     steps: int,
     guidance: float,
-    size: int | tuple[int, int] | None = None,
+    size: int | Sequence[int] | None = None,
     negative: str | None = None,
     chunk: int = 8,
 ) -> Tensor:
@@ -66,7 +67,7 @@ def render_latents(
     height, width = _sides(model, size)
     stock = pipeline(model)
     found = []
-    with _sliced(model):
+    with _sliced(model), without_notices():
         for start in range(0, len(prompts), chunk):
             texts = list(prompts[start : start + chunk])
             made = stock(
@@ -83,11 +84,11 @@ def render_latents(
     return torch.cat(found)
 
 
-def _sides(model: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _sides(model: Any, size: int | Sequence[int] | None) -> tuple[int, int]:
     if size is None:
         own = model.unet.config.sample_size
         size = tuple(reduction(model.vae) * side for side in ((own, own) if isinstance(own, int) else own))  # type: ignore[assignment]
-    return (size, size) if isinstance(size, int) else size  # type: ignore[return-value]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])  # type: ignore[index]
 
 
 @contextmanager

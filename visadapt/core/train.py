@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,32 @@ def penalty(model: nn.Module) -> Tensor:
         return torch.stack([t.reshape(()) for t in terms]).sum()
     first = next(model.parameters(), None)
     return torch.zeros((), device=None if first is None else first.device)
+
+
+@contextmanager
+def training_only(model: nn.Module, factor: Literal["up", "down"]) -> Iterator[None]:
+    """What is computed inside gives a gradient to one factor of each adapter alone.
+
+    Break-for-Make (arXiv 2403.19456) trains the two factors with different pictures; two losses, each computed inside
+    with its own factor, may be added and have one backward. Parameters that are no adapter's are left alone.
+
+    Args:
+        model: the adapted model; its forward passes must not be computed again in backward (gradient checkpointing).
+        factor: tensors whose names begin so, as `up`, `up_a` do.
+    """
+    still = [
+        p
+        for adapter in adapters(model).values()
+        for name, p in adapter.named_parameters()
+        if p.requires_grad and not name.split(".")[-1].startswith(factor)
+    ]
+    for parameter in still:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in still:
+            parameter.requires_grad_(True)
 
 
 def _with_hook(model: nn.Module, hook: str) -> list[Adapter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from visadapt.losses.diffusion import HuberSchedule, Kind, Sampling
 
@@ -46,6 +47,8 @@ class Loss:
         width_schedule: How its width depends on the time.
         snr_gamma: γ of min-SNR weights (5 is usual); null is off.
         prior_weight: Weight of class images (prior preservation), where the data bring any.
+        auxiliary: Break-for-Make's auxiliary pictures: class images train this factor of the UNet's adapters alone, the
+            other pictures the other one. "up" where content is learned, "down" for style; null trains all with all.
     """
 
     kind: Kind = "mse"
@@ -53,6 +56,7 @@ class Loss:
     width_schedule: HuberSchedule = "constant"
     snr_gamma: float | None = None
     prior_weight: float = 1.0
+    auxiliary: Literal["up", "down"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.width <= 1:
@@ -72,7 +76,7 @@ class Preview:
         seeds: Seeds of each prompt, a picture each.
         steps: Steps of the sampler.
         guidance: Scale of classifier-free guidance; 1 is off.
-        size: Side in pixels; null is the base's own.
+        size: Side in pixels, or height and width; null is the base's own.
         negative: Negative prompt; null is the base's "no prompt".
     """
 
@@ -80,9 +84,12 @@ class Preview:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     steps: int = 20
     guidance: float = 5.0
-    size: int | None = None
+    size: int | list[int] | None = None
     negative: str | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.seeds:
             raise ValueError("model.preview: at least one step and one seed are needed")
+        sides = [self.size] if isinstance(self.size, int) else self.size or []
+        if len(sides) > 2 or any(side < 8 or side % 8 for side in sides):
+            raise ValueError(f"model.preview.size: {self.size}; give one side or height and width, multiples of 8")

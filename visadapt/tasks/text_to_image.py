@@ -20,7 +20,8 @@ from visadapt.backbones.sd_text import encode_prompts, null_text
 from visadapt.backbones.sd_tokens import NewToken, add_tokens, extended, metadata
 from visadapt.backbones.stable_diffusion import Diffusion, StableDiffusion
 from visadapt.core.model import Adaptation, is_adapter_key, strength
-from visadapt.core.train import penalty
+from visadapt.core.train import penalty, training_only
+from visadapt.data.captions import warn_of_long
 from visadapt.data.loader import mixed_seed
 from visadapt.losses import diffusion as dm
 from visadapt.optim.schedule import Schedule
@@ -89,6 +90,10 @@ class TextToImage(BaseTask):
             raise ValueError(f"model.caption_dropout: {caption_dropout} is no share; 0.1 is usual")
         if val_times < 1:
             raise ValueError(f"model.val_times: {val_times}; at least 1 is needed")
+        if loss.auxiliary is not None and backbone.grad_checkpointing:
+            raise ValueError(
+                "model.loss.auxiliary: two factors learn apart only without model.backbone.grad_checkpointing"
+            )
         if backbone.lean:
             self.adaptations = [replace(adaptation, lean=True) for adaptation in self.adaptations]
         self.backbone = backbone
@@ -164,7 +169,7 @@ class TextToImage(BaseTask):
         noise = dm.offset_noise(noise, options.offset, generator).to(latents)
         entering = dm.perturbed(noise, options.perturbation, generator)
         alpha, sigma = self._coefficients(times)
-        error = self._error(batch, latents, times, noise, entering, self.conditions(batch, keep))
+        error = self._errors(batch, (latents, times, noise, entering), self.conditions(batch, keep))
         width = None
         if self.loss.kind != "mse":
             width = dm.huber_width(self.loss.width_schedule, self.loss.width, times, alpha, sigma)
@@ -205,6 +210,28 @@ class TextToImage(BaseTask):
                 self._null = null_text(self.model)
         shaped = {key: kept.to(value.device).view(-1, *[1] * (value.dim() - 1)) for key, value in found.items()}
         return {key: torch.where(shaped[key], value, self._null[key].to(value)) for key, value in found.items()}
+
+    def _errors(
+        self, batch: dict[str, Any], drawn: tuple[Tensor, Tensor, Tensor, Tensor], text: dict[str, Tensor]
+    ) -> Tensor:
+        """As ``_error`` of latents, times, noise and entering noise.
+
+        With ``loss.auxiliary``, class images and the others send their gradients to one factor of the adapters each.
+        """
+        prior, factor = batch.get("prior"), self.loss.auxiliary
+        if factor is None or prior is None:
+            return self._error(batch, *drawn, text)
+        other: Literal["up", "down"] = "down" if factor == "up" else "up"
+        found, rows = [], []
+        for which, trained in ((prior, factor), (~prior, other)):
+            if which.any():
+                latents, times, noise, entering = (tensor[which.to(tensor.device)] for tensor in drawn)
+                said = {key: value[which.to(value.device)] for key, value in text.items()}
+                part = {key: value[which.to(value.device)] for key, value in batch.items() if key == "sizes"}
+                with training_only(self.model, trained):
+                    found.append(self._error(part, latents, times, noise, entering, said))
+                rows.append(which.nonzero()[:, 0])
+        return torch.cat(found)[torch.cat(rows).argsort().to(found[0].device)]
 
     def _error(
         self,
@@ -272,17 +299,22 @@ class TextToImage(BaseTask):
         return total / self.val_times
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Pictures (B, 3, H, W) in 0 … 1 of the captions of a batch, with the first seed of the preview."""
+        """Pictures (B, 3, H, W) in 0 … 1 of the captions of a batch, with its seeds or the first one of the preview."""
         captions = batch["captions"] if isinstance(batch, dict) else list(batch)
-        return self.render(captions, [self.preview.seeds[0]] * len(captions))
+        seeds = batch["seeds"] if "seeds" in batch else [self.preview.seeds[0]] * len(captions)
+        return self.render(captions, seeds, chunk=len(captions))
 
-    def render(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    def render(self, prompts: Sequence[str], seeds: Sequence[int], chunk: int = 8) -> Tensor:
         """Pictures (B, 3, H, W) in 0 … 1 as ``preview`` says, one of each prompt with the seed beside it."""
         how = self.preview
-        return render(self._diffusion, prompts, seeds, how.steps, how.guidance, how.size, how.negative)
+        return render(self._diffusion, prompts, seeds, how.steps, how.guidance, how.size, how.negative, chunk)
 
     def on_fit_start(self) -> None:
-        """Generate the class pictures that the data wants and lacks, with the base, on the first process."""
+        """Generate the class pictures that the data wants and lacks, with the base, on the first process.
+
+        Says first which prompts of the preview are too long.
+        """
+        warn_of_long([(prompt[:60], prompt) for prompt in self.preview.prompts], self.model, "model.preview.prompts")
         images = getattr(getattr(self.trainer, "datamodule", None), "class_images", None)
         if images is not None and self.trainer.is_global_zero:
             from torchvision.transforms.functional import to_pil_image
