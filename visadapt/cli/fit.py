@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
-from visadapt.cli import rundir, sheets, yaml_files
+from visadapt.cli import predict, prompts, rundir, sheets, yaml_files
 from visadapt.cli.errors import Friendly, UserError, close, nearby, purposeful, subclasses, told
 from visadapt.cli.main import option
 
@@ -95,7 +95,7 @@ class CLI(LightningCLI):
     """LightningCLI with a run directory, adapter files, pictures to predict, and default callbacks."""
 
     run_dir_now: Path | None = None  # of the latest instance: one that fails in its constructor is never returned
-    makes_masks = False  # whether this is `predict` of a segmentation
+    predicts = ""  # what `predict` makes: "classes", "masks" or "pictures"
 
     def __init__(self) -> None:
         from visadapt.data.base import BaseData
@@ -133,14 +133,22 @@ class CLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":
-            parser.add_argument("--adapter", type=str | None, help="Adapter file to use instead of a checkpoint.")
+            several: dict[str, Any] = {"type": str, "nargs": "+"} if subcommand == "predict" else {"type": str | None}
+            more = "; several act together" if subcommand == "predict" else ""
+            parser.add_argument("--adapter", **several, help=f"Adapter file to use instead of a checkpoint{more}.")
         if subcommand == "predict":
+            parser.add_argument(
+                "--strength",
+                type=float | dict[str, float] | None,
+                help="How far adapters act: 0 is the base, 1 what was trained. --strength.NAME for one set.",
+            )
             parser.add_argument(
                 "--images",
                 type=str | list[str] | None,
                 help="Folder, image or list of them, instead of data.",
             )
             sheets.add_options(parser)
+            prompts.add_options(parser)
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -151,40 +159,52 @@ class CLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         if path := config.get("ckpt_path"):
             check_checkpoint(path)
-        if (path := config.get("adapter")) and not Path(path).is_file():
-            raise UserError("--adapter", f"there is no file '{path}'", nearby(path))
+        for path in self._adapters(config):
+            if not Path(path).exists():
+                raise UserError("--adapter", f"there is no file '{path}'", nearby(path))
+
+    @staticmethod
+    def _adapters(config: Any) -> list[str]:
+        """The adapter files of the command line."""
+        given = config.get("adapter") or []
+        return [predict.adapter_file(path) for path in ([given] if isinstance(given, str) else given)]
 
     def before_instantiate_classes(self) -> None:
         """Choose the run directory; point `predict` at the images of the command line."""
         command = str(self.subcommand)
         config = self.config[command]
         files = option(sys.argv[1:], "-c", "--config")
-        made_by_run = config.get("adapter") or config.get("ckpt_path")
+        made_by_run = next(iter(self._adapters(config)), None) or config.get("ckpt_path")
         chosen = config.get("run_dir") or config.get("output")
         name = config["model"]["class_path"].rpartition(".")[2].lower()
         self.run_dir = Path(chosen) if chosen else rundir.new_run_dir(command, files, made_by_run, name)
         CLI.run_dir_now = self.run_dir
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run has its configuration already
+        if self._adapters(config) and "start" in config["model"]["init_args"]:
+            config["model"]["init_args"]["start"] = None  # the file brings what the run has made of it
         if command == "predict":
-            self._choose_images(config, made_by_run or files)
+            self.predicts = sheets.kind(config)
+            self._choose_data(config, made_by_run or files)
 
-    def _choose_images(self, config: Any, run_file: str | None) -> None:
+    def _choose_data(self, config: Any, run_file: str | None) -> None:
         """Predict the images of the command line; a segmentation takes those of its data where there are none."""
-        from visadapt.cli.predict import use_images
-
-        self.makes_masks = sheets.makes_masks(config)
-        if self.makes_masks and config.get("images") is None and config.get("data"):
+        if self.predicts == "pictures":
+            prompts.use_prompts(config)
+            return
+        prompts.refuse(config)
+        masks = self.predicts == "masks"
+        if masks and config.get("images") is None and config.get("data"):
             config["images"] = config["data"]["init_args"].get("images")
         if config.get("images") is not None:
-            use_images(config, run_file)
-        elif self.makes_masks:
+            predict.use_images(config, run_file)
+        elif masks:
             raise UserError("--images", "this is required and missing", "name pictures to segment, or their folder")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with our loggers in the run directory unless the configuration names others."""
-        from visadapt.cli.predict import LoadAdapter
         from visadapt.report.predictions import PredictionReport
+        from visadapt.report.renders import RenderReport
         from visadapt.report.run import RunReport
 
         config = self.config_init[self.subcommand]
@@ -195,16 +215,22 @@ class CLI(LightningCLI):
             kwargs["default_root_dir"] = str(self.run_dir)
         bars = [c for c in trainer.get("callbacks") or () if isinstance(c, ProgressBar)]
         bar = not bars and trainer.get("enable_progress_bar") is not False
-        callbacks: list[Callback] = [Bar()] if bar and not self.makes_masks else []
+        masks = self.predicts == "masks"
+        callbacks: list[Callback] = [Bar()] if bar and not masks else []
         name = rundir.config_name(option(sys.argv[1:], "-c", "--config"))
         callbacks.append(RunReport(str(self.run_dir), name))
-        if self.makes_masks:  # which show a bar per sheet, and there can be one only
+        if masks:  # which show a bar per sheet, and there can be one only
             callbacks.append(sheets.report(config, self.run_dir, bar))
             kwargs["enable_progress_bar"] = bool(bars)
+        elif self.predicts == "pictures":
+            made_by = self._adapters(config) or [str(config["ckpt_path"])] * bool(config.get("ckpt_path"))
+            callbacks.append(RenderReport(str(self.run_dir), made_by))
         else:
             callbacks.append(PredictionReport(str(self.run_dir)))
-        if config.get("adapter"):
-            callbacks.append(LoadAdapter(config["adapter"]))
+        if adapters := self._adapters(config):
+            callbacks.append(predict.LoadAdapter(adapters))
+        if config.get("strength") is not None:
+            callbacks.append(predict.Strength(config["strength"]))
         self.trainer_defaults["callbacks"] = callbacks
         try:
             return super().instantiate_trainer(**kwargs)

@@ -15,7 +15,7 @@ TRAINING = {
     "fit": "train adapters:            visadapt fit --config configs/quickstart.yaml",
     "validate": "validate a checkpoint:     visadapt validate --ckpt_path RUN/checkpoints/last.ckpt",
     "test": "test a checkpoint:         visadapt test --ckpt_path RUN/checkpoints/last.ckpt",
-    "predict": "label or segment images:   visadapt predict --adapter RUN/adapter.safetensors --images DIR",
+    "predict": "label, segment, render:    visadapt predict --adapter RUN/adapter.safetensors --images DIR",
 }
 FILES = {
     "inspect": "say what an adapter file is (visadapt, PEFT, kohya, diffusers)",
@@ -59,7 +59,8 @@ def version() -> str:
 
 def find_config(file: str) -> Path | None:
     """The ``config.yaml`` of the run that wrote ``file``: beside it, or up to two folders above."""
-    for folder in list(Path(file).resolve().parents)[:3]:
+    place = Path(file).resolve()
+    for folder in [place, *place.parents][:4]:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     return None
@@ -82,6 +83,10 @@ def with_run_config(command: str, args: list[str]) -> list[str]:
     """
     if command == "fit" or option(args, "-c", "--config") or "--help" in args or "-h" in args:
         return args
+    if command == "predict" and (name := option(args, "--backbone")):
+        from visadapt.cli.prompts import with_backbone
+
+        return with_backbone(args, name)
     for name in RUN_FILES:
         file = option(args, name)
         if file and (config := find_config(file)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +17,8 @@ from visadapt.data.image_folder import PictureSet
 from visadapt.data.images import find_images, unreadable
 from visadapt.report.facts import read_facts
 from visadapt.report.results import network
+from visadapt.report.run import ADAPTER
+from visadapt.tasks.start import load_file
 
 
 class Pictures(BaseData):
@@ -46,14 +51,14 @@ class Pictures(BaseData):
 
 
 class LoadAdapter(Callback):
-    """Put the adapters of a file on the model before it is used.
+    """Put the adapters of files on the model before it is used.
 
     Args:
-        path: Adapter file.
+        paths: Adapter files; each of several becomes a set with the name of its file.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
 
     def _load(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         import visadapt as va
@@ -61,11 +66,57 @@ class LoadAdapter(Callback):
         model = network(pl_module)
         if va.adapters(model):  # those of the configuration: untrained, the file brings its own
             va.remove(model)
-        va.load(model, self.path)
+        for path, name in zip(self.paths, set_names(self.paths), strict=True):
+            load_file(model, path, name)
         pl_module.to(pl_module.device)
         pl_module.eval()
 
     on_validation_start = on_test_start = on_predict_start = _load
+
+
+class Strength(Callback):
+    """Set how far the adapters act in ``predict``: all alike, or set by set.
+
+    Args:
+        strength: One number, or name of a set → number; 0 is the base, 1 what was trained.
+    """
+
+    def __init__(self, strength: float | dict[str, float]) -> None:
+        self.strength = strength
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The adapters of files are there by now."""
+        import visadapt as va
+
+        model = network(pl_module)
+        if isinstance(self.strength, dict):
+            va.strength(model, None, **self.strength)
+        else:
+            va.strength(model, self.strength)
+
+
+def set_names(paths: list[str]) -> list[str | None]:
+    """Names of the sets of several adapter files; one file alone keeps its own.
+
+    The name of the file, or of its folder where that is always the same ("adapter"), and of the folder above that
+    where it is a time: ``runs/subject/20250101-120000/adapter.safetensors`` is "subject".
+    """
+    if len(paths) < 2:
+        return [None] * len(paths)
+    found: list[str | None] = []
+    for path in map(Path, paths):
+        parts = [path.stem if path.is_file() else path.name, *(folder.name for folder in path.resolve().parents)]
+        usual = ("adapter", "pytorch_lora_weights", "peft_adapter", "diffusers_adapter")
+        stem = next((p for p in parts if p not in usual and not re.fullmatch(r"[\d-]*", p)), "set")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "set"
+        found.append(name if name not in found else f"{name}-{len(found) + 1}")
+    return found
+
+
+def adapter_file(path: str) -> str:
+    """The adapter file of a run's folder; anything else as it is."""
+    inside = Path(path) / ADAPTER
+    return str(inside) if inside.is_file() else path
 
 
 def use_images(config: Namespace, run_file: str | None) -> None:
@@ -89,7 +140,7 @@ def use_images(config: Namespace, run_file: str | None) -> None:
     if names is None:
         names = _names_from_data(config)
     chosen = Namespace(images=images, class_names=names)
-    if sheets.makes_masks(config):
+    if sheets.kind(config) == "masks":
         chosen["tiles"] = settings.get("batch_size", 8)
         config["data"] = Namespace(class_path="visadapt.cli.sheets.Sheets", init_args=chosen)
         return

@@ -51,10 +51,10 @@ def add_options(parser: ArgumentParser) -> None:
     )
 
 
-def makes_masks(config: Namespace) -> bool:
-    """Whether the task of a configuration is a segmentation."""
+def kind(config: Namespace) -> str:
+    """What the task of a configuration predicts: "classes", "masks" or "pictures"."""
     module, _, name = config["model"]["class_path"].rpartition(".")
-    return getattr(getattr(import_module(module), name), "report_kind", "") == "masks"
+    return str(getattr(getattr(import_module(module), name), "report_kind", "classes"))
 
 
 def report(config: Namespace, run_dir: Path, progress: bool) -> SheetReport:

@@ -29,6 +29,7 @@ _COMMANDS = {  # by kind of task
         "visadapt merge adapter.safetensors --output merged.pth   # for stock segment-anything",
     ],
     "pictures": [
+        'visadapt predict --adapter adapter.safetensors --prompts "a prompt" --seeds 0 1 2',
         "visadapt export adapter.safetensors --format diffusers --output lora   # pipe.load_lora_weights, certified",
         "visadapt export adapter.safetensors --format kohya --output lora.safetensors   # ComfyUI and others",
         "visadapt merge adapter.safetensors --output merged   # the whole pipeline",
@@ -37,7 +38,7 @@ _COMMANDS = {  # by kind of task
 _WHOLE = {  # a run without adapters
     "classes": "visadapt predict --ckpt_path checkpoints/last.ckpt --images FOLDER",
     "masks": "visadapt predict --ckpt_path checkpoints/last.ckpt --images sheet.png",
-    "pictures": "visadapt test --config config.yaml --ckpt_path checkpoints/last.ckpt",
+    "pictures": 'visadapt predict --ckpt_path checkpoints/last.ckpt --prompts "a prompt" --seeds 0 1 2',
 }
 _IN_PYTHON = {  # {base} is the name of the base network
     "classes": [

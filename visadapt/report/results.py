@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch.utils.data import Subset
 
 from visadapt.data.loader import ExactLoader
 from visadapt.report import evaluate
+
+K = TypeVar("K")
 
 
 def network(task: Any) -> nn.Module:
@@ -111,8 +113,8 @@ def base_hash(task: Any) -> str:
     return str((getattr(task, "base", None) or {}).get("sha256", ""))
 
 
-def gathered(trainer: Any, rows: dict[int, Any]) -> dict[int, Any]:
-    """The rows of all ranks by index of the sample (a sample that two ranks saw counts once)."""
+def gathered(trainer: Any, rows: dict[K, Any]) -> dict[K, Any]:
+    """The rows of all ranks by a key such as the index of the sample (a sample that two ranks saw counts once)."""
     if trainer.world_size == 1:
         return rows
     parts: list[Any] = [None] * trainer.world_size

@@ -1,0 +1,113 @@
+"""What ``predict`` of a text-to-image model writes: a PNG for each prompt and seed, a table and one sheet of all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from visadapt.core.files import replacing
+from visadapt.report import results, tiles
+from visadapt.report.facts import readable, write_text
+
+TABLE, SHEET = "pictures.csv", "contact_sheet.png"
+Row = tuple[str, str, int]  # file, prompt, seed
+
+
+class RenderReport(Callback):
+    """Writes pictures as they come; at the end rank 0 writes ``pictures.csv`` and ``contact_sheet.png``.
+
+    Each PNG says how it was made: ``parameters`` in the words of Stable Diffusion's web interfaces, which galleries
+    read, and ``visadapt`` as JSON.
+
+    Args:
+        run_dir: Folder for the files.
+        adapters: Adapter files, or the checkpoint, that made the pictures.
+        most: Most pictures in the sheet.
+    """
+
+    def __init__(self, run_dir: str, adapters: list[str] | None = None, most: int = 64) -> None:
+        self.run_dir, self.adapters, self.most = Path(run_dir), list(adapters or []), most
+        self._rows: dict[tuple[int, int], Row] = {}
+
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the pictures of a batch."""
+        settings = self._settings(pl_module)
+        found = zip(batch["numbers"], batch["captions"], batch["seeds"], outputs, strict=True)
+        for number, prompt, seed, picture in found:
+            pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            name = f"{number:04d}_{_short(prompt)}_seed{seed}.png"
+            _save(pixels, self.run_dir / name, {"prompt": prompt, "seed": seed} | settings)
+            self._rows[number, seed] = (name, prompt, seed)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Join the ranks, write the table and the sheet, and say where they are."""
+        rows = results.gathered(trainer, self._rows)
+        if not trainer.is_global_zero or not rows:
+            return
+        order = [rows[key] for key in sorted(rows)]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([("file", "prompt", "seed"), *order])
+        write_text(self.run_dir / TABLE, text.getvalue())
+        self._sheet(order)
+        print(f"{len(order)} pictures: {readable(self.run_dir / TABLE)}, {SHEET}")
+
+    def _settings(self, task: Any) -> dict[str, Any]:
+        """What a picture depends on besides its prompt and seed."""
+        import visadapt as va
+
+        how, model = task.preview, results.network(task)
+        strengths = {adapter.name: adapter.strength for adapter in va.adapters(model).values()}
+        return {
+            "base": results.base_name(task),
+            "adapters": self.adapters,
+            "strengths": strengths,
+            "steps": how.steps,
+            "sampler": type(model.sampler).__name__.removesuffix("Scheduler"),
+            "guidance": how.guidance,
+            "negative": how.negative,
+        }
+
+    def _sheet(self, rows: list[Row]) -> None:
+        seeds = len({seed for _, _, seed in rows})
+        shown = []
+        for name, prompt, seed in rows[: self.most]:
+            with Image.open(self.run_dir / name) as picture:
+                small = picture.convert("RGB")
+                small.thumbnail((2 * tiles.SIDE, 2 * tiles.SIDE))
+                shown.append(tiles.Tile(np.asarray(small), prompt, f"seed {seed}"))
+        more = f" (first {self.most})" if len(rows) > self.most else ""
+        columns = 8 if seeds == 1 else min(8, seeds)
+        tiles.save(tiles.sheet(shown, f"{len(rows)} pictures{more}", columns), self.run_dir / SHEET)
+
+
+def _short(prompt: str) -> str:
+    """A part of a file's name that resembles a prompt."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", prompt)[:48].strip("-") or "prompt"
+
+
+def _save(pixels: np.ndarray, path: Path, how: dict[str, Any]) -> None:
+    info = PngInfo()
+    info.add_text("parameters", _parameters(how, pixels.shape[1], pixels.shape[0]))
+    info.add_text("visadapt", json.dumps(how, ensure_ascii=False))
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
+
+
+def _parameters(how: dict[str, Any], width: int, height: int) -> str:
+    negative = f"Negative prompt: {how['negative']}\n" if how["negative"] else ""
+    return (
+        f"{how['prompt']}\n{negative}Steps: {how['steps']}, Sampler: {how['sampler']}, CFG scale: {how['guidance']:g}, "
+        f"Seed: {how['seed']}, Size: {width}x{height}, Model: {Path(how['base']).name}"
+    )
