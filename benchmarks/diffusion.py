@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--size", choices=SIZES, default=None, help="half on a CPU and full on a GPU, by default")
     found.add_argument("--rows", type=lambda t: t.split(","), default=list(ROWS), help=f"of {','.join(ROWS)}")
     found.add_argument("--no-encoding", action="store_true", help="leave out the gain of cached latents and text")
-    found.add_argument("--rounds", type=int, default=5, help="0 leaves the times out")
+    found.add_argument("--rounds", type=int, default=4, help="0 leaves the times out")
     found.add_argument("--threads", type=int, default=1)
     found.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="cpu: needs one thread to mean a time")
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
