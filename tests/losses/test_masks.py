@@ -24,9 +24,9 @@ def sigmoid(x):
 
 
 def reference_focal_dice(logits, labels, focal, dice, alpha):
-    total = 0.0
+    spread, overlaps = 0.0, []
     for image, truth in zip(logits[:, 0].tolist(), labels.tolist(), strict=True):
-        focals, both, sizes = [], 0.0, 0.0
+        focals, both, sizes, shows = [], 0.0, 0.0, False
         for z, t in ((z, t) for row in zip(image, truth, strict=True) for z, t in zip(*row, strict=True)):
             if t == 255:
                 continue
@@ -34,8 +34,10 @@ def reference_focal_dice(logits, labels, focal, dice, alpha):
             focals.append(-weight * (1 - p) ** 2 * math.log(p))
             both += sigmoid(z) * (t > 0)
             sizes += sigmoid(z) + (t > 0)
-        total += focal * sum(focals) / len(focals) + dice * (1 - (2 * both + 1) / (sizes + 1))
-    return total / len(logits)
+            shows |= t > 0
+        spread += sum(focals) / len(focals) / len(logits)
+        overlaps += [1 - (2 * both + 1) / (sizes + 1)] if shows else []
+    return focal * spread + dice * sum(overlaps) / max(1, len(overlaps))
 
 
 def reference_class_loss(logits, labels, weights, entropy, dice):
@@ -148,6 +150,15 @@ def test_an_empty_truth_teaches_to_predict_nothing():
     logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
     dice_loss(logits.sigmoid(), torch.zeros_like(logits), torch.ones_like(logits)).sum().backward()
     assert (logits.grad > 1e-5).all()
+
+
+def test_an_image_without_foreground_trains_by_the_focal_loss_alone():
+    """Dice would make predicting nothing free there, and runs with many such images end in predicting nothing."""
+    logits, labels = sample()
+    focal_dice(logits[-1:], labels[-1:], focal=0.0).backward()
+    assert not logits.grad.any()
+    both = focal_dice(logits[:2], labels[:2], focal=0.0)
+    assert focal_dice(logits, labels, focal=0.0).item() == pytest.approx(both.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("factor", [2, 4])

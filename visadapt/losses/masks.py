@@ -6,15 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
-_SMOOTH = 1.0  # pixels added to both sides of Dice: an empty truth with an empty prediction then costs nothing
+_SMOOTH = 1.0  # pixels added to both sides of Dice, so that it is finite where both are empty
 
 
 def focal_dice(logits: Tensor, labels: Tensor, focal: float = 0.2, dice: float = 0.8, alpha: float = 0.25) -> Tensor:
     """L = focal · FL + dice · (1 − Dice), the loss of MapSAM (Xia et al. 2024, arXiv 2411.06971).
 
-    FL = −α_t (1 − p_t)² log p_t, averaged over the pixels (Lin et al. 2017, arXiv 1708.02002). Both are means over the
-    images. Differs from the released code: Dice is smoothed by 1 pixel, there by 1e-6, where an image without
-    foreground gives a loss of 1 and no gradient.
+    FL = −α_t (1 − p_t)² log p_t, averaged over the pixels and the images (Lin et al. 2017, arXiv 1708.02002). Dice is a
+    mean over the images that have foreground: an empty prediction for one without would be free, and where many are
+    empty, training runs into predicting nothing anywhere, from which no gradient leads back. Such images train by FL
+    alone, as they do in the released code, whose Dice (smoothed by 1e-6) is 1 for them and has no gradient.
 
     Args:
         logits: Of one mask per image (B, 1, H, W).
@@ -29,8 +30,10 @@ def focal_dice(logits: Tensor, labels: Tensor, focal: float = 0.2, dice: float =
     """
     labels = nearest(labels, logits)[:, None]
     valid = (labels != IGNORE).to(logits.dtype)
-    spread, overlap = focal_and_dice(logits, (labels > 0).to(logits.dtype) * valid, valid, alpha)
-    return focal * spread.mean() + dice * overlap.mean()
+    truth = (labels > 0).to(logits.dtype) * valid
+    spread, overlap = focal_and_dice(logits, truth, valid, alpha)
+    shows = (truth.sum((-2, -1)) > 0).to(overlap.dtype)
+    return focal * spread.mean() + dice * (overlap * shows).sum() / shows.sum().clamp(min=1)
 
 
 def focal_and_dice(logits: Tensor, truth: Tensor, valid: Tensor, alpha: float = 0.25) -> tuple[Tensor, Tensor]:
