@@ -81,8 +81,9 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 
 
 def task(layout: str = "sd", targets: Any = ("attn2.to_q", "attn2.to_v"), **kwargs: Any) -> TextToImage:
-    """The task with a LoRA on few layers; ``backbone`` holds options of the backbone."""
-    recipe = StableDiffusion(base(layout, **kwargs.pop("scheduler", {})), **kwargs.pop("backbone", {}))
+    """The task with a LoRA on few layers; ``backbone`` holds options of the backbone, ``name`` its folder."""
+    name = kwargs.pop("name", None) or base(layout, **kwargs.pop("scheduler", {}))
+    recipe = StableDiffusion(name, **kwargs.pop("backbone", {}))
     kwargs.setdefault("adapters", [va.Adaptation(va.LoRA(rank=2), list(targets))])
     kwargs.setdefault("optimizer", adamw)
     kwargs.setdefault("schedule", Schedule("constant", warmup=0.0))

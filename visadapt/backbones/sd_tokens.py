@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from visadapt.core.files import replacing
+from visadapt.core.files import replacing, serialise
 from visadapt.core.state import load_native, read
 
 METADATA = "tokens"

@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from visadapt.core.adapter import Adapter
-from visadapt.core.files import replacing
+from visadapt.core.files import replacing, serialise
 from visadapt.core.layer import prune
 from visadapt.core.model import adapt, adapters, grafted, is_adapter_key, label, overrides_of
 
@@ -99,7 +98,7 @@ def save(
         raise ValueError("nothing to save: the model has no adapters and no trained parameter")
     metadata = {**(extra or {}), "format": "pt", "visadapt": json.dumps(plan(model, base_name))}
     with replacing(path) as temporary:
-        temporary.write_bytes(serialise(held, metadata))  # `save_file` would make it readable by the owner only
+        temporary.write_bytes(serialise(held, metadata))
     return Path(path)
 
 

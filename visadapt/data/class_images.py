@@ -13,9 +13,9 @@ from visadapt.data.images import SUFFIXES
 class ClassImages:
     """A folder of pictures of the class; a task fills it up before training begins.
 
-    In ``on_fit_start``, on the first process: ``for number in images.missing(): images.add(number, picture)``, with
-    the picture made from ``prompt`` by a generator seeded with ``number``; a run that was killed in between goes on
-    to the same pictures.
+    In ``configure_optimizers``, before batches are counted, on the first process:
+    ``for number in images.missing(): images.add(number, picture)``, with the picture made from ``prompt`` by a
+    generator seeded with ``number``; a run that was killed in between goes on to the same pictures.
 
     Prior preservation: Ruiz et al. 2022, DreamBooth, arXiv 2208.12242 (no official code).
 

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from visadapt.core.files import replacing
+from visadapt.core.files import replacing, serialise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -26,7 +25,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors as they are, in their own precision."""
-    replace_bytes(path, serialise(dict(tensors), dict(metadata)))
+    replace_bytes(path, serialise(tensors, metadata))
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
@@ -38,7 +37,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The bytes of a safetensors file with fp32 copies of the tensors."""
     held = {name: tensor.detach().float().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return serialise(held, dict(metadata))
+    return serialise(held, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -28,6 +28,9 @@ from visadapt.optim.schedule import Schedule
 from visadapt.tasks import measures as ms
 from visadapt.tasks.base import DEFAULT_SCHEDULE, BaseTask, Stage
 from visadapt.tasks.diffusion_options import Loss, Noise, Preview
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 DEFAULT_NOISE, DEFAULT_LOSS, DEFAULT_PREVIEW = Noise(), Loss(), Preview()
 
@@ -310,11 +313,14 @@ class TextToImage(BaseTask):
         return render(self._diffusion, prompts, seeds, how.steps, how.guidance, how.size, how.negative, chunk)
 
     def on_fit_start(self) -> None:
-        """Generate the class pictures that the data wants and lacks, with the base, on the first process.
-
-        Says first which prompts of the preview are too long.
-        """
+        """Say which prompts of the preview are too long."""
         warn_of_long([(prompt[:60], prompt) for prompt in self.preview.prompts], self.model, "model.preview.prompts")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """As every task; before it, as schedules count batches, the class pictures that the data wants and lacks.
+
+        They are rendered with the base, on the first process.
+        """
         images = getattr(getattr(self.trainer, "datamodule", None), "class_images", None)
         if images is not None and self.trainer.is_global_zero:
             from torchvision.transforms.functional import to_pil_image
@@ -324,3 +330,4 @@ class TextToImage(BaseTask):
                     picture = self.render([images.prompt], [number])[0]
                     images.add(number, to_pil_image((picture * 255).round().byte()))
         self.trainer.strategy.barrier()
+        return super().configure_optimizers()
