@@ -83,9 +83,9 @@ def test_export_loads_in_peft(adapter, base, here):
         torch.testing.assert_close(model(IMAGES), adapter(IMAGES), rtol=1e-4, atol=1e-5)
 
 
-def test_a_base_that_nothing_names_is_asked_for(adapter, here, capsys):
+def test_a_missing_base_is_asked_for_by_the_name_in_the_file(adapter, here, capsys):
     assert main(["merge", "adapter.safetensors"]) == 2
-    assert "--backbone or --config" in capsys.readouterr().err
+    assert "add --backbone vit_tiny_patch16_224" in capsys.readouterr().err
 
 
 def test_inspect_an_adapter_of_visadapt(adapter, here, capsys):
