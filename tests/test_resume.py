@@ -16,12 +16,7 @@ from visadapt.data.loader import ExactLoader
 SCRIPT = Path(__file__).with_name("training.py")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(a, b):

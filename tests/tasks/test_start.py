@@ -17,12 +17,7 @@ from visadapt.core.model import is_adapter_key
 TARGETS = ["attn.qkv:q", "mlp.fc1"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(method=None, targets=TARGETS, name="default", **kwargs):

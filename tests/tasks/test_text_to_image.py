@@ -14,12 +14,7 @@ from visadapt.tasks.diffusion_options import Loss, Noise, Preview
 from visadapt.tasks.text_to_image import TextToImage
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(*args, **kwargs):
