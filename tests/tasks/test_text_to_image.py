@@ -13,7 +13,6 @@ from visadapt.core.state import read
 from visadapt.tasks.diffusion_options import Loss, Noise, Preview
 from visadapt.tasks.text_to_image import TextToImage
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
