@@ -70,3 +70,24 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="is not a PEFT folder; choose another output"):
         va.export(model, tmp_path / "taken")
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.slow  # PEFT imports transformers: 10 s on a busy machine
+def test_loha_that_peft_made_is_read_and_its_cores_are_refused(tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is the oracle")
+
+    def host() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Flatten(2), nn.Linear(36, 12)).eval()
+
+    options = {"target_modules": ["0", "2"], "init_weights": False, "r": 2, "alpha": 3}
+    made = peft.get_peft_model(host(), peft.LoHaConfig(**options, rank_pattern={"2": 4}, alpha_pattern={"2": 5}))
+    made.save_pretrained(tmp_path / "plain")
+    x = torch.randn(2, 4, 6, 6)
+    back = va.load(host(), tmp_path / "plain")
+    assert {type(a) for a in va.adapters(back).values()} == {va.LoHa}
+    torch.testing.assert_close(back(x), made(x), rtol=1e-4, atol=1e-5)
+    cored = peft.get_peft_model(host(), peft.LoHaConfig(**options, use_effective_conv2d=True))
+    cored.save_pretrained(tmp_path / "cores")
+    with pytest.raises(ValueError, match=r"'0' holds .*hada_t1.*no whole LoHa without cores"):
+        va.load(host(), tmp_path / "cores")

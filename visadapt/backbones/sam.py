@@ -111,7 +111,10 @@ class SAM(Backbone):
             )
         path = SHIPPED / f"{TINY}.safetensors"
         if not path.is_file():
-            raise FileNotFoundError(f"the weights of {TINY} are missing from this installation ('{path.name}')")
+            raise FileNotFoundError(
+                f"the weights of {TINY} are missing from this installation ('{path.name}'); "
+                "reinstall visadapt, or name another base"
+            )
         return path
 
 

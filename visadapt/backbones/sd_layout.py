@@ -88,7 +88,10 @@ def weights_place(name: str) -> tuple[str, bool]:
     """
     if name == TINY:
         if not (SHIPPED / "model_index.json").is_file():
-            raise FileNotFoundError(f"the weights of {TINY} are missing from this installation ('{TINY}/')")
+            raise FileNotFoundError(
+                f"the weights of {TINY} are missing from this installation ('{TINY}/'); "
+                "reinstall visadapt, or name another base"
+            )
         return str(SHIPPED), False
     path = Path(name).expanduser()
     if path.is_file():

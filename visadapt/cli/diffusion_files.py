@@ -127,6 +127,7 @@ def merge_diffusion(model: Diffusion, output: Path) -> None:
     import torch
 
     import visadapt as va
+    from visadapt.backbones.sd_notices import without_notices
     from visadapt.backbones.sd_tokens import bake_tokens
     from visadapt.backbones.stable_diffusion import pipeline
 
@@ -137,7 +138,7 @@ def merge_diffusion(model: Diffusion, output: Path) -> None:
     bake_tokens(model)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_notices():
             pipeline(model).save_pretrained(temporary)
         for part in ("text_encoder", "text_encoder_2"):
             _old_names(temporary / part / "model.safetensors")

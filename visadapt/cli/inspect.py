@@ -142,8 +142,8 @@ def _peft_folder(folder: Path) -> Description:
     tensors = read_header(weights)[1] if weights.is_file() else []
     if not tensors:
         facts.append(("weights", "adapter_model.safetensors is missing"))
-    read = values.get("peft_type") in ("LORA", "LOKR")
-    own = ", visadapt (va.load, visadapt import)" if read else "; visadapt reads LORA and LOKR"
+    read = values.get("peft_type") in ("LORA", "LOKR", "LOHA")
+    own = ", visadapt (va.load, visadapt import)" if read else "; visadapt reads LORA, LOKR and LOHA"
     facts.append(("loads in", f"stock PEFT{own}"))
     return Description(folder, "PEFT folder", tensors, facts, weights if tensors else None)
 

@@ -19,6 +19,7 @@ from visadapt.core.model import adapt, adapters, is_adapter_key
 from visadapt.core.site import Site
 from visadapt.core.state import base_identity
 from visadapt.interop.forms import only_dora
+from visadapt.interop.loha import read_loha
 from visadapt.interop.lokr import lokr_tensors, only_lokr, peft_config, read_lokr
 from visadapt.interop.made import Made, graft_made
 from visadapt.interop.parts import NEW_TOKENS, is_diffusion, parts
@@ -26,6 +27,7 @@ from visadapt.methods import DoRA, LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
 PREFIX = "base_model.model."
+LYCORIS = {"LOKR": ("lokr_", read_lokr), "LOHA": ("hada_", read_loha)}  # PEFT's name -> how keys begin, reader
 
 
 def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> float:
@@ -136,7 +138,7 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor
 
 
 def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
-    """Graft the LoRA, DoRA or LoKr of a PEFT folder, or of the folders of a diffusion model's parts, onto a base.
+    """Graft the LoRA, DoRA, LoKr or LoHa of a PEFT folder, or of the folders of a diffusion model's parts, onto a base.
 
     Raises:
         FileNotFoundError: the folder lacks one of its two files.
@@ -149,17 +151,17 @@ def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"'{folder}' is no PEFT folder: it has no {file}")
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type") not in ("LORA", "LOKR"):
-        raise ValueError(
-            f"'{folder}' holds PEFT's {config.get('peft_type')}; LORA (with or without use_dora) and LOKR can be read"
-        )
+    kind = config.get("peft_type")
+    if kind != "LORA" and kind not in LYCORIS:
+        known = ", ".join(LYCORIS)
+        raise ValueError(f"'{folder}' holds PEFT's {kind}; LORA (with or without use_dora), {known} can be read")
     try:
         held = load_file(folder / "adapter_model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"'{folder / 'adapter_model.safetensors'}' is damaged: {error}") from error
     held = {k.removeprefix(PREFIX): v for k, v in held.items()}
-    if config["peft_type"] == "LOKR":
-        _graft_lokr(model, folder, config, held, name)
+    if kind in LYCORIS:
+        _graft_lycoris(model, folder, config, held, name)
     else:
         _graft_lora(model, folder, config, held, name)
     for module in config.get("modules_to_save") or []:
@@ -171,13 +173,14 @@ def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
     return model
 
 
-def _graft_lokr(
+def _graft_lycoris(
     model: nn.Module, folder: Path, config: dict[str, Any], held: dict[str, torch.Tensor], name: str
 ) -> None:
+    start, reader = LYCORIS[config["peft_type"]]
     roles: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in held.items():
         layer, _, role = key.rpartition(".")
-        if role.startswith("lokr_"):
+        if role.startswith(start):
             roles.setdefault(layer, {})[role] = tensor
     made: dict[str, Made] = {}
     for n, given in roles.items():
@@ -185,11 +188,11 @@ def _graft_lokr(
             from_pattern(config.get(f"{of}_pattern"), n, config[k]) for of, k in (("rank", "r"), ("alpha", "alpha"))
         )
         try:
-            made[n] = read_lokr(Site(model.get_submodule(n)), given, float(alpha) / r)
+            made[n] = reader(Site(model.get_submodule(n)), given, float(alpha) / r)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"'{folder}' does not fit this {type(model).__name__}: '{n}' {error}") from error
     if not made:
-        raise ValueError(f"'{folder}': no LoKr in it")
+        raise ValueError(f"'{folder}': no {config['peft_type']} in it")
     graft_made(model, made, name)
 
 

@@ -16,15 +16,15 @@ from visadapt.interop.forms import row_norms
 from visadapt.interop.keys import is_lora, split, unread
 from visadapt.interop.kohya import BASE_NORM
 from visadapt.interop.kohya_names import readable_names
+from visadapt.interop.loha import HADA, read_loha
 from visadapt.interop.lokr import read_lokr
 from visadapt.interop.made import Made, graft_made, shaped
 from visadapt.interop.parts import OLD, UNET, layers
 from visadapt.interop.peft import from_pattern
-from visadapt.methods import DoRA, FLoRA, LoHa, LoRA
+from visadapt.methods import DoRA, FLoRA, LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
 _LORA = {"down", "up", "mid", "magnitude", "dora_scale"}
-_HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
 def is_lora_file(path: str | Path) -> bool:
@@ -113,8 +113,8 @@ def _make(site: Site, roles: Mapping[str, Tensor], base_norm: bool) -> Made:
         ValueError: a tensor is missing, or does not have the shape that the layer needs.
     """
     given = set(roles) - {"alpha"}
-    if given == _HADA:
-        return _loha(site, roles)
+    if given == HADA:
+        return read_loha(site, roles)
     if given and all(role.startswith("lokr_") for role in given):
         return read_lokr(site, roles)
     if not {"down", "up"} <= given or given - _LORA:
@@ -145,16 +145,6 @@ def _make(site: Site, roles: Mapping[str, Tensor], base_norm: bool) -> Made:
         magnitude = magnitude / row_norms(weight)
     axis: Literal["out", "in"] = "out" if by_row else "in"
     return DoRA(rank=rank, alpha=short, axis=axis), tensors | {"magnitude": magnitude}
-
-
-def _loha(site: Site, roles: Mapping[str, Tensor]) -> Made:
-    rank = len(roles["hada_w1_b"])
-    alpha = float(roles["alpha"]) if "alpha" in roles else float(rank)
-    tensors = {}
-    for i, side in ((1, "a"), (2, "b")):
-        tensors[f"up_{side}"] = shaped(roles[f"hada_w{i}_a"], (site.width, rank), f"hada_w{i}_a")
-        tensors[f"down_{side}"] = shaped(roles[f"hada_w{i}_b"], (rank, *site.in_shape), f"hada_w{i}_b")
-    return LoHa(rank=rank, alpha=None if alpha == rank else alpha), tensors
 
 
 def _flora(site: Site, mid: Tensor, inner: Tensor, up: Tensor, scale: float) -> Made:
