@@ -93,7 +93,7 @@ def _vae(layout: str) -> Any:
     )
 
 
-def _shake(module: nn.Module, seed: int) -> nn.Module:
+def shake(module: nn.Module, seed: int) -> nn.Module:
     """Moves every weight off zero (biases and zero-initialised layers too), by a fixed seed."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -127,7 +127,7 @@ def tiny_pipeline(folder: Path, layout: str = "sd", **scheduler: Any) -> Path:
         if layout == "sdxl":
             parts["text_encoder_2"] = _text(True)
     for seed, part in enumerate(parts.values(), 1):
-        _shake(part, seed)
+        shake(part, seed)
     noise: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     noise |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     parts |= {"tokenizer": tokenizer(), "scheduler": DDIMScheduler(**(noise | scheduler))}

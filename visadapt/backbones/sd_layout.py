@@ -50,12 +50,17 @@ def presets(model: Any) -> dict[str, list[str]]:
     for block, name in enumerate(() if up is None else ("content", "style")):
         path = f"unet.up_blocks.{up}.attentions.{block}"
         found[f"unet.{name}"] = [f"{path}.*.attn{i}.{leaf}" for i in (1, 2) for leaf in _ATTENTION]
-    blocks = text_blocks(model)
-    found["text.attention"] = [f"{block}.self_attn.{leaf}" for block in blocks for leaf in _TEXT_ATTENTION]
-    found["text.mlp"] = [f"{block}.{leaf}" for block in blocks for leaf in _TEXT_MLP]
-    found["text"] = found["text.attention"] + found["text.mlp"]
+    found |= text_presets(model)
     kept = {name: [p for p in patterns if fnmatch.filter(layers, p)] for name, patterns in found.items()}
     return {name: patterns for name, patterns in kept.items() if patterns}
+
+
+def text_presets(model: Any) -> dict[str, list[str]]:
+    """Target presets of the CLIP text encoders of a model."""
+    blocks = text_blocks(model)
+    attention = [f"{block}.self_attn.{leaf}" for block in blocks for leaf in _TEXT_ATTENTION]
+    mlp = [f"{block}.{leaf}" for block in blocks for leaf in _TEXT_MLP]
+    return {"text.attention": attention, "text.mlp": mlp, "text": attention + mlp}
 
 
 def text_blocks(model: Any) -> list[str]:

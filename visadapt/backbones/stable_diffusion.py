@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from visadapt.backbones.base import Backbone
 from visadapt.backbones.precision import at_least_float32
 from visadapt.backbones.sd_layout import TINY, Layout, check_kind, layout_of, presets, weights_place
 from visadapt.backbones.sd_lean import lean_unet
+from visadapt.backbones.sd_notices import no_progress_bars
 from visadapt.backbones.sd_schedule import Prediction, schedulers
 
 MISSING = "Stable Diffusion needs diffusers and transformers: pip install 'visadapt[diffusion]'"
@@ -167,7 +167,7 @@ class StableDiffusion(Backbone):
         except ImportError as error:
             raise ImportError(f"{MISSING} ({error})") from error
         try:
-            with _no_progress_bars():
+            with no_progress_bars():
                 if single:
                     return self._single(place)
                 options = {"revision": self.revision, "variant": self.variant}
@@ -190,22 +190,6 @@ class StableDiffusion(Backbone):
         if kind not in ("v1", "v2"):
             raise ValueError(f"it holds a {kind}; StableDiffusion takes the base models of SD 1.x, 2.x and SDXL")
         return StableDiffusionPipeline.from_single_file(place, config=self.config, **_NO_CHECKER)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Reading a local folder takes a second, and three bars for it bury what a run says."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
-    for log in logs:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in logs:
-            log.enable_progress_bar()
 
 
 _NEEDS_CONFIG = (
