@@ -13,6 +13,7 @@ from torch import nn
 
 import visadapt as va
 from visadapt.backbones import TimmViT
+from visadapt.core.stack import TaskStack
 from visadapt.core.train import after_backward, after_step, before_step
 from visadapt.data.digits import Digits
 from visadapt.optim.schedule import Schedule
@@ -50,15 +51,18 @@ class Setting:
     steps: int = 300
 
 
+METHODS = [name for name, method in va.METHODS.items() if not issubclass(method, TaskStack)]
+
+
 def rows(rank: int) -> list[Row]:
-    """The reference rows, then every method of the catalogue."""
+    """The reference rows, then every method of the catalogue that is not for sequences of tasks."""
     references = [
         Row("frozen base"),
         Row("linear probe", trains="head"),
         Row("from scratch", trains="all", pretrained=False),
         Row("full fine-tuning", trains="all"),
     ]
-    return references + [Row(name, partial(prototype, name, rank)) for name in va.METHODS]
+    return references + [Row(name, partial(prototype, name, rank)) for name in METHODS]
 
 
 def prototype(name: str, rank: int) -> va.Adapter:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Names load on first use, so that `visadapt --help` does not wait for torch.
+# Names load on first use, so that `visadapt --help` does not wait for torch; so do the methods of the catalogue.
 _HOME = {
     **dict.fromkeys(
         ["Adaptation", "adapt", "adapters", "merge", "merged", "rebuild", "remove", "strength", "summary"],
@@ -23,33 +23,21 @@ _HOME = {
     ),
     **dict.fromkeys(["Adapter", "FeatureMap", "WeightMap", "Delta", "LowRank"], "visadapt.core.adapter"),
     **dict.fromkeys(["penalty", "parameter_groups"], "visadapt.core.train"),
-    **dict.fromkeys(["save"], "visadapt.core.state"),
+    "save": "visadapt.core.state",
     **dict.fromkeys(["load", "export"], "visadapt.interop"),
-    **dict.fromkeys(["compose"], "visadapt.interop.compose"),
-    **dict.fromkeys(["Zip"], "visadapt.core.zip"),
-    **dict.fromkeys(
-        ["METHODS", "LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "LoKr", "SALT", "Hydra", "SSF", "B4M"], "visadapt.methods"
-    ),
+    "compose": "visadapt.interop.compose",
+    "Zip": "visadapt.core.zip",
+    "METHODS": "visadapt.methods",
 }  # fmt: skip
 
 
 __all__ = [
-    "B4M",
     "METHODS",
-    "SALT",
-    "SSF",
     "Adaptation",
     "Adapter",
     "Delta",
-    "DoRA",
-    "FLoRA",
     "FeatureMap",
-    "Hydra",
-    "LoHa",
-    "LoKr",
-    "LoRA",
     "LowRank",
-    "WaRA",
     "WeightMap",
     "Zip",
     "adapt",
@@ -86,14 +74,18 @@ if TYPE_CHECKING:
     from visadapt.core.zip import Zip
     from visadapt.interop import export, load
     from visadapt.interop.compose import compose
-    from visadapt.methods import B4M, METHODS, SALT, SSF, DoRA, FLoRA, Hydra, LoHa, LoKr, LoRA, WaRA
+    from visadapt.methods import *  # noqa: F403
+    from visadapt.methods import METHODS
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    methods = import_module("visadapt.methods").METHODS if name[0].isupper() else {}  # others may be modules
+    if name not in methods:
         raise AttributeError(f"module 'visadapt' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    return methods[name]
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, *import_module("visadapt.methods").METHODS, "__version__"]

@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import visadapt as va
 from benchmarks import methods
-from benchmarks._fewshot import Job, Setting, accuracy, build, data, fit, rows, run, trainable
+from benchmarks._fewshot import METHODS, Job, Setting, accuracy, build, data, fit, rows, run, trainable
 
 FEW = Setting(shots=2, steps=2)
 ROWS = {row.name: row for row in rows(rank=4)}
 
 
 def test_the_catalogue_is_in_the_table():
-    assert list(ROWS) == ["frozen base", "linear probe", "from scratch", "full fine-tuning", *va.METHODS]
+    assert list(ROWS) == ["frozen base", "linear probe", "from scratch", "full fine-tuning", *METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def base_accuracy():
     return accuracy(base.model, data(FEW, base, 0).source_dataloader())
 
 
-@pytest.mark.parametrize("name", va.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_can_be_switched_off(name, base_accuracy):
     found = run(Job(ROWS[name], FEW, lr=1e-2, seed=0, validate=False))
     assert found["source_off"] == base_accuracy

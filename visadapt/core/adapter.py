@@ -14,14 +14,17 @@ Linear, Conv1d/2d/3d or ConvTranspose, or some rows of one.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from visadapt.core.site import Site
+
+Shared = TypeVar("Shared", bound=Tensor)
 
 
 @dataclass_transform(eq_default=False, kw_only_default=True)
@@ -46,6 +49,7 @@ class Adapter(nn.Module):
     no_decay: ClassVar[tuple[str, ...]] = ()
 
     # Annotations of this class are not fields: only subclasses become dataclasses.
+    _pool: dict[str, Tensor]
     name: str
     param: str
     view: bool
@@ -96,7 +100,16 @@ class Adapter(nn.Module):
         """A scalar to add to the loss, or None."""
         return None
 
+    def next_task(self) -> None:
+        """Called between two tasks of a sequence: keep what was learned, make room for the next."""
+
     # --- derived -----------------------------------------------------------------------
+    def share(self, key: str, make: Callable[[], Shared]) -> Shared:
+        """One tensor for all sites of a set: made by the first `build`, taken by the others; only within `build`."""
+        if key not in self._pool:
+            self._pool[key] = make()
+        return self._pool[key]  # type: ignore[return-value]
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """Names of the hyper-parameters, in order."""

@@ -67,7 +67,8 @@ def adapt(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name):
         raise ValueError(f"set name {name!r}: use letters, digits and '-' only")
     sites = [(t, _key(name, t)) for t in resolve(model, targets, exclude)]
-    made = [(target, key, _make(method, target, key, name)) for target, key in sites]
+    pool: dict[str, Tensor] = {}
+    made = [(target, key, _make(method, target, key, name, pool)) for target, key in sites]
     if dry_run:
         print(Summary([_row(t.label, a) for t, _, a in made], sum(p.numel() for p in model.parameters())))
         return model
@@ -88,7 +89,7 @@ def _key(name: str, target: Target) -> str:
     )
 
 
-def _make(method: Adapter, target: Target, key: str, name: str) -> Adapter:
+def _make(method: Adapter, target: Target, key: str, name: str, pool: dict[str, Tensor]) -> Adapter:
     adapter = method.clone(**target.overrides)
     adapter.name, adapter.param, adapter.rows, adapter.view = name, target.param, target.rows, target.view
     site = Site(target.module, target.param, target.rows)
@@ -97,8 +98,17 @@ def _make(method: Adapter, target: Target, key: str, name: str) -> Adapter:
         reason = f"the set '{name}' adapts it already; remove that set or give this one another name"
     if reason is not None:
         raise ValueError(f"{type(method).__name__} on '{target.label}': {reason}")
-    adapter.build(site)
+    _build(adapter, site, pool)
     return adapter.train(target.module.training)
+
+
+def _build(adapter: Adapter, site: Site, pool: dict[str, Tensor]) -> None:
+    """`build`, with the tensors that the adapters of a set share."""
+    adapter._pool = pool
+    try:
+        adapter.build(site)
+    finally:
+        del adapter._pool
 
 
 def is_adapter_key(path: str) -> bool:
@@ -245,11 +255,12 @@ def remove(model: Model, name: str | None = None) -> Model:
 
 def rebuild(model: Model, name: str | None = None) -> Model:
     """Start the adapters again from the present base weights (after a base was loaded behind them)."""
+    pools: dict[str, dict[str, Tensor]] = {}
     for path, adapter in adapters(model, name).items():
         layer = model.get_submodule(path.split(".adapters.")[0] if not path.startswith("adapters.") else "")
         for store in (adapter._parameters, adapter._buffers, adapter._modules):
             store.clear()
-        adapter.build(Site(layer, adapter.param, adapter.rows))
+        _build(adapter, Site(layer, adapter.param, adapter.rows), pools.setdefault(adapter.name, {}))
     return model
 
 

@@ -31,6 +31,12 @@ def after_step(model: nn.Module) -> None:
         adapter.after_step()
 
 
+def next_task(model: nn.Module) -> None:
+    """Between two tasks of a sequence: what was learned is kept, and there is room for the next."""
+    for adapter in _with_hook(model, "next_task"):
+        adapter.next_task()
+
+
 def penalty(model: nn.Module) -> Tensor:
     """The sum of what the adapters ask to add to the loss; a 0-d tensor, 0 without any."""
     terms = [t for t in (a.penalty() for a in _with_hook(model, "penalty")) if t is not None]

@@ -1,19 +1,20 @@
-"""The catalogue: one line per method."""
+"""The catalogue: one line per method, in the order in which tables list them."""
+# ruff: noqa: I001
 
-from visadapt.core.adapter import Adapter
-from visadapt.methods.b4m import B4M
-from visadapt.methods.dora import DoRA
-from visadapt.methods.flora import FLoRA
-from visadapt.methods.hydra import Hydra
-from visadapt.methods.loha import LoHa
-from visadapt.methods.lokr import LoKr
-from visadapt.methods.lora import LoRA
-from visadapt.methods.salt import SALT
-from visadapt.methods.ssf import SSF
-from visadapt.methods.wara import WaRA
+from visadapt.core.adapter import Adapter as _Adapter
 
-METHODS: dict[str, type[Adapter]] = {
-    m.__name__: m for m in (LoRA, DoRA, FLoRA, WaRA, LoHa, LoKr, SALT, Hydra, SSF, B4M)
-}  # fmt: skip
+from visadapt.methods.lora import LoRA as LoRA
+from visadapt.methods.dora import DoRA as DoRA
+from visadapt.methods.flora import FLoRA as FLoRA
+from visadapt.methods.wara import WaRA as WaRA
+from visadapt.methods.loha import LoHa as LoHa
+from visadapt.methods.lokr import LoKr as LoKr
+from visadapt.methods.salt import SALT as SALT
+from visadapt.methods.hydra import Hydra as Hydra
+from visadapt.methods.ssf import SSF as SSF
+from visadapt.methods.b4m import B4M as B4M
+from visadapt.methods.sd_lora import SDLoRA as SDLoRA
 
-__all__ = ["B4M", "METHODS", "SALT", "SSF", "DoRA", "FLoRA", "Hydra", "LoHa", "LoKr", "LoRA", "WaRA"]
+METHODS: dict[str, type[_Adapter]] = {
+    name: found for name, found in list(globals().items()) if isinstance(found, type) and name[0] != "_"
+}
