@@ -127,7 +127,7 @@ class CaptionedSet(Dataset):
         self.training = training
         self.with_prior = any(picture.prior for picture in self.pictures)
         self.flip, self.random_crop = flip and training, random_crop and training
-        targets = [_target(picture, buckets) for picture in self.pictures]
+        targets = [target_of("picture", picture.name, picture.size, buckets) for picture in self.pictures]
         numbers = {target: number for number, target in enumerate(sorted(set(targets)))}
         self.groups = [numbers[target] for target in targets]
 
@@ -147,24 +147,29 @@ class CaptionedSet(Dataset):
             sample["prior"] = picture.prior
         mask = picture.mask()
         if mask is not None:
-            sample["mask"] = _tensor(mask, placement, flipped)
+            sample["mask"] = to_tensor(mask, placement, flipped)
         if self.find is not None:
             key = f"{picture.content()} {placement.scaled} {placement.corner} {placement.target} {flipped}"
             latents = self.find(key)
             if latents is not None:
                 return sample | {"latents": latents}
             sample["key"] = key
-        return sample | {"image": _tensor(picture.read(), placement, flipped) * 2 - 1}
+        return sample | {"image": to_tensor(picture.read(), placement, flipped) * 2 - 1}
 
 
-def _target(picture: Captioned, buckets: Buckets) -> Size:
+def target_of(what: str, name: str, size: Size, buckets: Buckets) -> Size:
+    """The bucket of a size.
+
+    Raises:
+        ValueError: There is none; says of ``what`` ("picture") and which ``name``.
+    """
     try:
-        return buckets.target(picture.size)
+        return buckets.target(size)
     except ValueError as error:
-        raise ValueError(f"picture '{picture.name}': {error}") from error
+        raise ValueError(f"{what} '{name}': {error}") from error
 
 
-def _tensor(image: Image.Image, placement: Placement, flipped: bool) -> Tensor:
+def to_tensor(image: Image.Image, placement: Placement, flipped: bool) -> Tensor:
     """Float (C, H, W) in [0, 1]; the cut is that of the mirrored picture, so SDXL's crop says what is seen."""
     if flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from visadapt.data.base import BaseData, Stage
 from visadapt.data.buckets import Buckets
@@ -93,7 +94,7 @@ class CaptionedData(BaseData):
         """
         raise NotImplementedError(f"{type(self).__name__} has no data for the stage '{stage}'")
 
-    def dataset(self, stage: Stage) -> CaptionedSet:
+    def dataset(self, stage: Stage) -> Dataset:
         """The samples of a stage; flips, random crops and shuffled tags in training only.
 
         Raises:
@@ -102,11 +103,21 @@ class CaptionedData(BaseData):
         if stage == "predict":
             raise NotImplementedError("predict renders prompts: visadapt predict --adapter FILE --prompts TEXT …")
         pictures = self.pictures(stage)
-        named = sorted({(picture.name, self.captions(picture.caption, False)) for picture in pictures})
+        self.warn([(picture.name, picture.caption) for picture in pictures])
+        training = stage == "train"
+        return CaptionedSet(
+            pictures, self.buckets, self.captions, self.flip, self.random_crop, training, self.known_latents()
+        )
+
+    def warn(self, captions: Sequence[tuple[str, str]]) -> None:
+        """Say which captions the task's tokenizers cut; pairs of the picture's name and its caption."""
+        named = sorted({(name, self.captions(caption, False)) for name, caption in captions})
         warn_of_long(named, None if self.trainer is None else getattr(self.trainer.lightning_module, "model", None))
+
+    def known_latents(self) -> Find | None:
+        """What finds latents on disk by their key; None without a cache."""
         encodings = self.encodings()
-        find: Find | None = None if encodings is None else encodings.images.latents
-        return CaptionedSet(pictures, self.buckets, self.captions, self.flip, self.random_crop, stage == "train", find)
+        return None if encodings is None else encodings.images.latents
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Join samples to a batch; see the class. Where latents are missing, ``encoded`` has to complete it."""

@@ -86,32 +86,60 @@ def find_captions(
     """
     if not root.is_dir():
         raise FileNotFoundError(f"data.root: folder '{root}' does not exist")
-    files = list(_walk(root, leave_out))
+    files = list(walk(root, leave_out))
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not pictures:
         raise FileNotFoundError(f"data.root: no pictures in '{root}'; known suffixes: {', '.join(SUFFIXES)}")
+    return captions_of(root, pictures, files, instance_prompt, column)
+
+
+def captions_of(
+    root: Path,
+    shown: Sequence[Path],
+    files: Sequence[Path],
+    instance_prompt: str | None = None,
+    column: str = "text",
+    what: str = "picture",
+) -> list[CaptionedFile]:
+    """The captions of given files, or of folders that stand for one thing each; see `find_captions`.
+
+    Args:
+        root: Folder that they are in.
+        shown: What wants a caption.
+        files: All files, those with the captions among them.
+        instance_prompt: The caption of all, instead of files.
+        column: Column of the captions in the metadata.
+        what: What a message calls one of them.
+
+    Raises:
+        BadCaption: As `find_captions`.
+    """
     tables = [root / name for name in METADATA if (root / name).is_file()]
     texts = [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES]
     problems: list[str] = []
     if instance_prompt is not None:
-        stems = {path.with_suffix("") for path in pictures}
+        stems = {_stem(path) for path in shown}
         rivals = [*tables, *(text for text in texts if text.with_suffix("") in stems)]
-        found = _prompted(root, pictures, instance_prompt, rivals)
+        found = _prompted(root, shown, instance_prompt, rivals, what)
     elif tables:
-        found = _from_table(tables, pictures, column, problems)
+        found = _from_table(tables, shown, column, problems, what)
     else:
-        found = _from_texts(root, pictures, texts, problems)
+        found = _from_texts(root, shown, texts, problems, what)
     raise_all(problems, root, BadCaption)
     return found
 
 
-def _walk(folder: Path, leave_out: Sequence[Path]) -> Iterator[Path]:
+def _stem(path: Path) -> Path:
+    return path if path.is_dir() else path.with_suffix("")
+
+
+def walk(folder: Path, leave_out: Sequence[Path]) -> Iterator[Path]:
     """Files in a folder and below, sorted, without hidden ones."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or any(path.resolve() == other.resolve() for other in leave_out):
             continue
         if path.is_dir():
-            yield from _walk(path, leave_out)
+            yield from walk(path, leave_out)
         elif path.is_file():
             yield path
 
@@ -122,9 +150,11 @@ def _repeats(root: Path, path: Path) -> tuple[int, str | None]:
     return (int(match[1]), match[2].strip()) if match else (1, None)
 
 
-def _prompted(root: Path, pictures: Sequence[Path], prompt: str, others: Sequence[Path]) -> list[CaptionedFile]:
+def _prompted(
+    root: Path, pictures: Sequence[Path], prompt: str, others: Sequence[Path], what: str
+) -> list[CaptionedFile]:
     if not prompt.strip():
-        raise BadCaption("data.instance_prompt is empty; say what the pictures show, such as 'a photo of sks dog'")
+        raise BadCaption(f"data.instance_prompt is empty; say what the {what}s show, such as 'a photo of sks dog'")
     if others:
         raise BadCaption(
             f"data.instance_prompt: '{root}' has captions, too ('{others[0].relative_to(root)}'); "
@@ -134,50 +164,50 @@ def _prompted(root: Path, pictures: Sequence[Path], prompt: str, others: Sequenc
 
 
 def _from_texts(
-    root: Path, pictures: Sequence[Path], texts: Sequence[Path], problems: list[str]
+    root: Path, pictures: Sequence[Path], texts: Sequence[Path], problems: list[str], what: str
 ) -> list[CaptionedFile]:
     by_stem: dict[Path, Path] = {}
     for text in sorted(texts, key=lambda path: CAPTION_SUFFIXES.index(path.suffix.lower()), reverse=True):
         by_stem[text.with_suffix("")] = text  # .txt last: it wins
-    found, stems = [], {path.with_suffix("") for path in pictures}
+    found, stems = [], {_stem(path) for path in pictures}
     if not by_stem and not any(_repeats(root, path)[1] for path in pictures):
         raise BadCaption(
-            f"data.root: '{root}' has {len(pictures)} picture(s) but no captions: put NAME.txt beside NAME"
+            f"data.root: '{root}' has {len(pictures)} {what}(s) but no captions: put NAME.txt beside NAME"
             f"{pictures[0].suffix}, or metadata.jsonl into the folder, or set data.instance_prompt"
         )
     problems += [
-        f"caption '{text}' has no picture '{text.with_suffix('.*').name}' beside it; add or delete"
+        f"caption '{text}' has no {what} '{text.with_suffix('.*').name}' beside it; add or delete"
         for stem, text in sorted(by_stem.items())
         if stem not in stems
     ]
     for path in pictures:
         repeats, caption = _repeats(root, path)
-        own = by_stem.get(path.with_suffix(""))
+        own = by_stem.get(_stem(path))
         if own is not None:
-            caption = _read(own, problems)
+            caption = _read(own, problems, what)
         elif caption is None:
-            problems.append(f"picture '{path}' has no caption; write '{path.with_suffix('.txt').name}' beside it")
+            problems.append(f"{what} '{path}' has no caption; write '{_stem(path).name}.txt' beside it")
         if repeats < 1:
-            problems.append(f"picture '{path}' is in a folder of {repeats} repeats; rename or move the folder")
+            problems.append(f"{what} '{path}' is in a folder of {repeats} repeats; rename or move the folder")
         if caption is not None:
             found.append(CaptionedFile(path, caption, repeats))
     return found
 
 
-def _read(path: Path, problems: list[str]) -> str | None:
+def _read(path: Path, problems: list[str], what: str) -> str | None:
     try:
         caption = " ".join(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"cannot read caption '{path}': {error}; save it as UTF-8")
         return None
     if not caption:
-        problems.append(f"caption '{path}' is empty; write what the picture shows, or delete both files")
+        problems.append(f"caption '{path}' is empty; write what the {what} shows, or delete both files")
         return None
     return caption
 
 
 def _from_table(
-    tables: Sequence[Path], pictures: Sequence[Path], column: str, problems: list[str]
+    tables: Sequence[Path], pictures: Sequence[Path], column: str, problems: list[str], what: str
 ) -> list[CaptionedFile]:
     if len(tables) > 1:
         raise BadCaption(f"data.root: '{tables[0]}' and '{tables[1].name}' both give captions; keep one")
@@ -191,14 +221,14 @@ def _from_table(
             hint = "" if key == "file_name" else "; set data.caption_column"
             problems.append(f"{where}: there is no '{key}' among {', '.join(map(str, row)) or 'no columns'}{hint}")
         elif (path := table.parent / str(name)).resolve() not in known:
-            problems.append(f"{where}: there is no picture '{name}' in '{table.parent}'")
+            problems.append(f"{where}: there is no {what} '{name}' in '{table.parent}'")
         elif not (caption := " ".join(str(caption).split())):
             problems.append(f"{where}: the caption of '{name}' is empty")
         else:
             found.append(CaptionedFile(path, caption))
     if not problems:
         named = {file.path.resolve() for file in found}
-        problems += [f"picture '{path}' is not in '{table.name}'" for path in pictures if path.resolve() not in named]
+        problems += [f"{what} '{path}' is not in '{table.name}'" for path in pictures if path.resolve() not in named]
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +86,18 @@ class TextImages(CaptionedData):
             raise ValueError(f"data.{key}: {value} is too small")
         if (class_root is None) != (class_prompt is None):
             raise ValueError("data.class_root and data.class_prompt belong together: give both or neither")
-        self.root, self.instance_prompt, self.caption_column = _folder(root, "root"), instance_prompt, caption_column
+        self.root, self.instance_prompt, self.caption_column = (
+            existing_folder(root, "root"),
+            instance_prompt,
+            caption_column,
+        )
         parts = split_folders(self.root)
         self.train_root = parts.get("train", self.root)
-        self.val_root = parts.get("val") if val_root is None else _folder(val_root, "val_root")
+        self.val_root = parts.get("val") if val_root is None else existing_folder(val_root, "val_root")
         if self.val_root is not None and val_size:
             raise ValueError(f"data.val_size: validation pictures come from '{self.val_root}' already; set it to 0")
         self.repeats, self.val_size = repeats, val_size
-        self.masks = None if masks is None else _folder(masks, "masks")
+        self.masks = None if masks is None else existing_folder(masks, "masks")
         self.class_images = ClassImages(class_root, class_prompt or "", class_images) if class_root else None
         self._found: dict[Path, list[tuple[PictureFile, int]]] = {}
 
@@ -131,11 +135,7 @@ class TextImages(CaptionedData):
         self, files: list[tuple[PictureFile, int]]
     ) -> tuple[list[tuple[PictureFile, int]], list[tuple[PictureFile, int]]]:
         """Training and validation; all captions of a picture go to the same part."""
-        paths = sorted({picture.path for picture, _ in files})
-        if self.val_size >= len(paths):
-            raise ValueError(f"data.val_size: {self.val_size}, but '{self.train_root}' has {len(paths)} pictures")
-        order = np.random.default_rng((self.seed, 3)).permutation(len(paths))
-        held = {paths[i] for i in order[: self.val_size]}
+        held = held_out({picture.path for picture, _ in files}, self.val_size, self.seed, self.train_root)
         return [f for f in files if f[0].path not in held], [f for f in files if f[0].path in held]
 
     def _class_pictures(self, images: ClassImages) -> list[Captioned]:
@@ -150,11 +150,29 @@ class TextImages(CaptionedData):
         return [PictureFile(str(path), images.prompt, sizes[path], True, path) for path in paths]
 
 
-def _folder(path: str, key: str) -> Path:
+def existing_folder(path: str, key: str) -> Path:
+    """The folder of an option.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"data.{key}: folder '{path}' does not exist")
     return folder
+
+
+def held_out(paths: Collection[Path], count: int, seed: int, root: Path, what: str = "pictures") -> set[Path]:
+    """So many paths, kept for validation by a seed.
+
+    Raises:
+        ValueError: Nothing would be left to train on.
+    """
+    if count >= len(paths):
+        raise ValueError(f"data.val_size: {count}, but '{root}' has {len(paths)} {what}")
+    order = np.random.default_rng((seed, 3)).permutation(len(paths))
+    ordered = sorted(paths)
+    return {ordered[i] for i in order[:count]}
 
 
 def _sizes(paths: Sequence[Path], root: Path) -> dict[Path, Size]:
