@@ -64,6 +64,18 @@ class VideoModel(nn.Module):
         """The part that predicts: ``unet`` or ``transformer``."""
         return getattr(self, self.spec.network)
 
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """Precision of the network's inputs."""
+        found: torch.dtype = self.network.get_submodule(self.spec.entry).weight.dtype
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        found: torch.device = self.network.get_submodule(self.spec.entry).weight.device
+        return found
+
     def forward(self, noisy: Tensor, times: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction (B, F, C, h, w), in at least float32.
 
@@ -78,9 +90,13 @@ class VideoModel(nn.Module):
         limit = self.spec.most_frames(self.network)
         if limit is not None and noisy.shape[1] > limit:
             raise ValueError(f"clips of {noisy.shape[1]} frames: '{self.base}' has positions for {limit}; take fewer")
-        dtype = self.network.get_submodule(self.spec.entry).weight.dtype
-        found = self.spec.predict(self.network, noisy.transpose(1, 2).to(dtype), times, text)
+        found = self.spec.predict(self.network, noisy.transpose(1, 2).to(self.network_dtype), times, text)
         return at_least_float32(found.transpose(1, 2))
+
+    def sliceable(self) -> list[Any]:
+        """The attentions within frames that can be computed in slices."""
+        found = self.named_modules()
+        return [m for name, m in found if hasattr(m, "sliceable_head_dim") and self.spec.sees_space(name)]
 
     def temporal_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the parts across frames, for training them as a whole; none for "sequential"."""

@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from visadapt.backbones.sd_latents import decode_latents, encode_images, reduction
+from visadapt.backbones.sd_text import encode_prompts
+
 _ATTENTION = r"(?:to_q|to_k|to_v|to_out\.0)"
 _FEED_FORWARD = r"net\.(?:0\.proj|2)"
 MOTION, PICTURE = "temporal", "spatial"
@@ -75,8 +78,12 @@ class Family(ABC):
         """Height and width in pixels of the base's own clips."""
         own = getattr(model, self.network).config.sample_size
         height, width = (own, own) if isinstance(own, int) else own
-        factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
+        factor = self.reduction(model)
         return height * factor, width * factor
+
+    def reduction(self, model: Any) -> int:
+        """Pixels per latent position along a side."""
+        return reduction(model.vae)
 
     def presets(self, model: nn.Module) -> dict[str, list[str]]:
         """Target presets of the network that match something.
@@ -110,14 +117,16 @@ class Family(ABC):
         """Whether the parameter or layer of that path, from the model's root, belongs to a part across frames."""
         return self.split == "modules" and re.match(rf"{self.network}\.{self.temporal_parts()}", path) is not None
 
+    def sees_space(self, path: str) -> bool:
+        """Whether the layer of that path is an attention within frames."""
+        return re.fullmatch(rf"{self.network}\.{self.spatial}\.attn[12]", path) is not None
+
     def temporal_parts(self) -> str:
         """Pattern of the whole parts across frames, with their norms and projections."""
         return self.temporal
 
     def encode_text(self, model: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Text conditions, (B, …) each; CLIP's, unless a family has another encoder."""
-        from visadapt.backbones.sd_text import encode_prompts
-
         return encode_prompts(model, prompts)
 
     def sampling(self, model: Any, prompts: list[str], negative: str | None) -> dict[str, Any]:
@@ -126,14 +135,10 @@ class Family(ABC):
 
     def encode_videos(self, model: Any, videos: Tensor, chunk: int) -> Tensor:
         """Scaled latents (B, F, C, h, w) of videos (B, F, 3, H, W) in -1 … 1; picture by picture, unless overridden."""
-        from visadapt.backbones.sd_latents import encode_images
-
         return encode_images(model, videos.flatten(0, 1), chunk).unflatten(0, videos.shape[:2])
 
     def decode_videos(self, model: Any, latents: Tensor, chunk: int) -> Tensor:
         """Videos (B, F, 3, H, W) in 0 … 1 of scaled latents; picture by picture, unless overridden."""
-        from visadapt.backbones.sd_latents import decode_latents
-
         return decode_latents(model, latents.flatten(0, 1), chunk).unflatten(0, latents.shape[:2])
 
     def latent_frames(self, frames: int) -> int:

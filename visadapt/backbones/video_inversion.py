@@ -1,0 +1,87 @@
+"""Noise that a sampler turns back into given latents, and mixtures of it with fresh noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def invert(model: Any, latents: Tensor, text: Mapping[str, Tensor], steps: int = 50, refine: int = 0) -> Tensor:
+    """DDIM inversion: the sampler's steps backwards, from latents to noise (Song et al. 2020, arXiv 2010.02502).
+
+    With x = α · x₀ + σ · n, a step of the sampler goes from x' at the noisier (α', σ') to x = α · x̂₀(x') + σ · n̂(x').
+    Its inverse wants the prediction at x', which is not known yet; DDIM inversion takes that at x instead:
+    x' = α' · x̂₀(x) + σ' · n̂(x), with the time told of x'. The error falls with the number of steps. Each round of
+    ``refine`` takes n̂ at the last x' and sets x' = (α' / α) · (x − σ · n̂) + σ' · n̂, whose fixed point is the exact
+    inverse (Pan et al. 2023, arXiv 2309.04907; Garibi et al. 2024, arXiv 2403.14602).
+
+    Args:
+        model: What ``VideoDiffusion.build`` made; without guidance, with whatever adapters are active.
+        latents: Scaled latents (B, F, C, h, w).
+        text: Conditions of the B clips; MotionDirector takes the empty caption.
+        steps: Steps of the sampler that is inverted.
+        refine: Further passes for each step; with enough of them and the same steps of DDIM (for flow matching of
+            Euler) the latents come back exactly.
+
+    Returns:
+        Noise (B, F, C, h, w), to start a sampler from.
+    """
+    x, levels = latents, levels_of(model, steps)
+    for (alpha, sigma, _), (higher, noisier, told) in pairwise(levels):
+        times = torch.full((len(x),), told, device=x.device, dtype=torch.float32 if told % 1 else torch.long)
+        clean, noise = _split(model.prediction, model(x, times, text), x, alpha, sigma)
+        found = higher * clean + noisier * noise
+        for _ in range(refine):
+            _, noise = _split(model.prediction, model(found, times, text), found, higher, noisier)
+            found = higher / alpha * (x - sigma * noise) + noisier * noise
+        x = found
+    return x
+
+
+def levels_of(model: Any, steps: int) -> list[tuple[float, float, float]]:
+    """The (α, σ, time told) of a sampler's steps, from clean to noise; the time of the first is never told.
+
+    DDIM's steps for epsilon and v, those of the base's own sampler for flow matching, where α = 1 − σ.
+    """
+    if model.prediction == "flow":
+        sampler = type(model.sampler).from_config(model.sampler.config)
+        sampler.set_timesteps(steps)
+        told = [*sampler.timesteps.tolist(), 0]
+        return [(1 - s, s, t) for s, t in zip(sampler.sigmas.tolist()[::-1], told[::-1], strict=True)]
+    from diffusers import DDIMScheduler
+
+    sampler = DDIMScheduler.from_config(model.sampler.config)
+    sampler.set_timesteps(steps)
+    told = sampler.timesteps.tolist()[::-1]
+    kept = [float(sampler.final_alpha_cumprod), *(float(sampler.alphas_cumprod[int(t)]) for t in told)]
+    return [(a**0.5, (1 - a) ** 0.5, t) for a, t in zip(kept, [0, *told], strict=True)]
+
+
+def _split(prediction: str, found: Tensor, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+    """Clean sample and noise that a prediction at x implies."""
+    if prediction == "flow":
+        return x - sigma * found, x + alpha * found
+    if prediction == "v_prediction":
+        return alpha * x - sigma * found, sigma * x + alpha * found
+    return (x - sigma * found) / alpha, found
+
+
+def mixed_noise(prior: Tensor, fresh: Tensor, share: float) -> Tensor:
+    """√p · prior + √(1 − p) · fresh: unit variance stays (Zhao et al. 2023, arXiv 2310.08465, code).
+
+    Args:
+        prior: Such as what ``invert`` gives.
+        fresh: Normal noise of the same shape.
+        share: p in 0 … 1.
+
+    Raises:
+        ValueError: p is no share.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share {share} of the inverted noise: 0 … 1 is needed; 0.1 to 0.5 are usual")
+    return prior * share**0.5 + fresh * (1 - share) ** 0.5
