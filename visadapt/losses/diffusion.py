@@ -169,13 +169,14 @@ def with_prior(losses: Tensor, prior: Tensor | None, weight: float) -> Tensor:
 
 
 def offset_noise(noise: Tensor, offset: float, generator: Generator | None = None) -> Tensor:
-    """Noise plus ``offset`` · one normal number per sample and channel, which frees the mean brightness.
+    """Noise (B, …, C, h, w) plus ``offset`` · one normal number per sample and channel: mean brightness becomes free.
 
-    Guttenberg 2023, www.crosslabs.org/blog/diffusion-with-offset-noise.
+    All frames of a clip share it. Guttenberg 2023, www.crosslabs.org/blog/diffusion-with-offset-noise.
     """
     if not offset:
         return noise
-    extra = torch.randn(*noise.shape[:2], 1, 1, generator=generator)
+    shape = (len(noise), *[1] * (noise.dim() - 4), noise.shape[-3], 1, 1)
+    extra = torch.randn(shape, generator=generator)
     return noise + offset * extra.to(noise)
 
 

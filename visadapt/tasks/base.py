@@ -210,8 +210,7 @@ class BaseTask(L.LightningModule):
             self._check_start()
         defaults = self.optimizer([nn.Parameter(torch.zeros(1))]).defaults
         decay = float(defaults.get("weight_decay", 0.0))
-        groups = parameter_groups(self.model, float(defaults["lr"]), decay, self.up_lr_ratio, self.rates)
-        optimizer = self.optimizer(groups)
+        optimizer = self.optimizer(self.groups(float(defaults["lr"]), decay))
         flatten(optimizer)
         self._configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = total_steps(self.trainer)
@@ -224,6 +223,10 @@ class BaseTask(L.LightningModule):
             total = 1
         scheduler = self.schedule.scheduler(optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def groups(self, lr: float, decay: float) -> list[dict[str, Any]]:
+        """The optimiser's groups, every trainable tensor in one of them."""
+        return parameter_groups(self.model, lr, decay, self.up_lr_ratio, self.rates)
 
     def on_train_start(self) -> None:
         """After a resume: state comes from the checkpoint, hyper-parameters from the configuration."""
