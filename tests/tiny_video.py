@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -35,7 +36,28 @@ def _animatediff(folder: Path, **scheduler: Any) -> None:
     motion_adapter().save_pretrained(folder / "motion_adapter")
 
 
-_FAMILIES = {"animatediff": _animatediff}
+def _unet3d(folder: Path, **scheduler: Any) -> None:
+    from diffusers import StableDiffusionPipeline, TextToVideoSDPipeline, UNet3DConditionModel
+
+    parts = StableDiffusionPipeline.from_pretrained(tiny_pipeline(folder, "sd", **scheduler)).components
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        unet = UNet3DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+    kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    shutil.rmtree(folder)
+    TextToVideoSDPipeline(unet=shake(unet, 7), **kept).save_pretrained(folder)
+
+
+_FAMILIES = {"animatediff": _animatediff, "unet3d": _unet3d}
 
 
 @cache

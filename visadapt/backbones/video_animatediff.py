@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from visadapt.backbones.sd_notices import without_notices
+from visadapt.backbones.video_checkpointing import recompute_layers
 from visadapt.backbones.video_family import Family, per_frame
 
 TINY_MOTION = Path(__file__).parent / "tiny" / "tiny_video"
@@ -60,6 +61,10 @@ class AnimateDiff(Family):
         said = per_frame(text["embeddings"].to(noisy), noisy.shape[2])
         found: Tensor = network(noisy, times, said, return_dict=False)[0]
         return found
+
+    def recompute(self, network: nn.Module) -> None:
+        """Layer by layer: diffusers would recompute the residual blocks alone."""
+        recompute_layers(network)
 
     def most_frames(self, network: Any) -> int | None:
         """As many as the motion modules have positions for."""

@@ -175,7 +175,8 @@ class VideoDiffusion(Backbone):
         if self.lean:
             lean_unet(model.network)
         if self.grad_checkpointing:
-            model.network.enable_gradient_checkpointing()
+            family.recompute(model.network)
+            model.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.attention_slicing = self.attention_slicing
         model.frames, model.fps = self.frames or model.frames, self.fps or model.fps
         return model

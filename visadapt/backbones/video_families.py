@@ -3,14 +3,16 @@
 | family | class | its order | text | predicts | space and time | clip |
 |---|---|---|---|---|---|---|
 | animatediff | ``UNetMotionModel`` | (B, C, F, h, w) | CLIP, once per frame | epsilon or v | apart | 16 at 8 fps |
+| unet3d | ``UNet3DConditionModel`` | (B, C, F, h, w) | CLIP | epsilon or v | apart | 16 at 8 fps |
 """
 
 from __future__ import annotations
 
 from visadapt.backbones.video_animatediff import AnimateDiff
 from visadapt.backbones.video_family import Family
+from visadapt.backbones.video_unet3d import UNet3D
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (AnimateDiff(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (AnimateDiff(), UNet3D())}
 
 
 def family_named(name: str) -> Family:

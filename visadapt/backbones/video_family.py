@@ -70,6 +70,10 @@ class Family(ABC):
     def predict(self, network: Any, noisy: Tensor, times: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction (B, C, F, h, w) of noisy latents of that shape."""
 
+    def recompute(self, network: Any) -> None:
+        """Turn gradient checkpointing on."""
+        network.enable_gradient_checkpointing()  # non-reentrant: frozen inputs still give gradients
+
     def most_frames(self, network: Any) -> int | None:
         """Longest clip, in latent frames, that the network's positions allow; None for any."""
         return None

@@ -14,11 +14,10 @@ from torch import Tensor
 def invert(model: Any, latents: Tensor, text: Mapping[str, Tensor], steps: int = 50, refine: int = 0) -> Tensor:
     """DDIM inversion: the sampler's steps backwards, from latents to noise (Song et al. 2020, arXiv 2010.02502).
 
-    With x = α · x₀ + σ · n, a step of the sampler goes from x' at the noisier (α', σ') to x = α · x̂₀(x') + σ · n̂(x').
-    Its inverse wants the prediction at x', which is not known yet; DDIM inversion takes that at x instead:
-    x' = α' · x̂₀(x) + σ' · n̂(x), with the time told of x'. The error falls with the number of steps. Each round of
-    ``refine`` takes n̂ at the last x' and sets x' = (α' / α) · (x − σ · n̂) + σ' · n̂, whose fixed point is the exact
-    inverse (Pan et al. 2023, arXiv 2309.04907; Garibi et al. 2024, arXiv 2403.14602).
+    With x = α · x₀ + σ · n, a step of the sampler goes from x' at the noisier (α', σ') to x = a · x' + b · p(x') with
+    the network's prediction p, so x' = (x − b · p(x')) / a. As x' is not known yet, DDIM inversion predicts at x, told
+    the time of x'. The error falls with the number of steps. Each round of ``refine`` predicts at the x' found so far;
+    its fixed point is the exact inverse (Pan et al. 2023, arXiv 2309.04907; Garibi et al. 2024, arXiv 2403.14602).
 
     Args:
         model: What ``VideoDiffusion.build`` made; without guidance, with whatever adapters are active.
@@ -34,11 +33,10 @@ def invert(model: Any, latents: Tensor, text: Mapping[str, Tensor], steps: int =
     x, levels = latents, levels_of(model, steps)
     for (alpha, sigma, _), (higher, noisier, told) in pairwise(levels):
         times = torch.full((len(x),), told, device=x.device, dtype=torch.float32 if told % 1 else torch.long)
-        clean, noise = _split(model.prediction, model(x, times, text), x, alpha, sigma)
-        found = higher * clean + noisier * noise
-        for _ in range(refine):
-            _, noise = _split(model.prediction, model(found, times, text), found, higher, noisier)
-            found = higher / alpha * (x - sigma * noise) + noisier * noise
+        a, b = _step(model.prediction, (higher, noisier), (alpha, sigma))
+        found = x
+        for _ in range(1 + refine):
+            found = (x - b * model(found, times, text)) / a
         x = found
     return x
 
@@ -62,13 +60,13 @@ def levels_of(model: Any, steps: int) -> list[tuple[float, float, float]]:
     return [(a**0.5, (1 - a) ** 0.5, t) for a, t in zip(kept, [0, *told], strict=True)]
 
 
-def _split(prediction: str, found: Tensor, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-    """Clean sample and noise that a prediction at x implies."""
-    if prediction == "flow":
-        return x - sigma * found, x + alpha * found
-    if prediction == "v_prediction":
-        return alpha * x - sigma * found, sigma * x + alpha * found
-    return (x - sigma * found) / alpha, found
+def _step(prediction: str, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+    """Factors (a, b) of a deterministic step x = a · x' + b · p from one (α', σ') to another."""
+    (higher, noisier), (alpha, sigma) = start, end
+    if prediction == "epsilon":
+        return alpha / higher, sigma - alpha * noisier / higher
+    turn = sigma * higher - alpha * noisier  # v = α' n − σ' x₀, and flow's n − x₀, are turned alike
+    return (1.0 if prediction == "flow" else alpha * higher + sigma * noisier), turn
 
 
 def mixed_noise(prior: Tensor, fresh: Tensor, share: float) -> Tensor:
