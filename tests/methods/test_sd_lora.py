@@ -9,7 +9,7 @@ from torch import nn
 import visadapt as va
 from tests.methods.reference import HOSTS, close, compare, count, operate, place, product
 from visadapt.core.train import next_task, parameter_groups
-from visadapt.methods.sd_lora import inner
+from visadapt.maths.low_rank import inner, norm
 
 
 def learn(adapter, seed=0):
@@ -157,6 +157,7 @@ def test_the_residual_is_measured_as_asked(residual, threshold, kept):
 def test_inner_products_of_factors():
     a, b, c, d = (torch.randn(s, dtype=torch.float64) for s in [(3, 2, 5), (7, 3), (4, 2, 5), (7, 4)])
     close(inner(a, b, c, d), (product(b, a) * product(d, c)).sum())
+    close(norm(a, b), product(b, a).norm())
 
 
 def test_files_carry_all_tasks(tmp_path):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from visadapt.cli import diffusion_files, yaml_files
 from visadapt.cli.errors import UserError
 from visadapt.cli.main import find_config
-from visadapt.core.files import replacing
+from visadapt.core.files import write_state
 from visadapt.interop import Format
 from visadapt.report.facts import read_facts
 
@@ -18,22 +18,28 @@ if TYPE_CHECKING:
 
     from visadapt.backbones.base import Backbone
     from visadapt.backbones.stable_diffusion import StableDiffusion
+    from visadapt.backbones.video_diffusion import VideoDiffusion
 
 
 def merge_file(
-    adapter: Path, output: Path | None, config: str | None, backbone: str | None, checkpoint: str | None
+    adapter: Path,
+    output: Path | None,
+    tolerance: float,
+    config: str | None,
+    backbone: str | None,
+    checkpoint: str | None,
+    sets: list[str] | None = None,
 ) -> None:
     """Write the state dict of the base with the adapter folded in, after comparing outputs."""
     import torch
-    from safetensors.torch import save as serialise
 
     import visadapt as va
     from visadapt.backbones.sam import SAM
-    from visadapt.backbones.stable_diffusion import StableDiffusion
 
     recipe, model = adapted(adapter, config, backbone, checkpoint)
-    if isinstance(recipe, StableDiffusion):
-        return diffusion_files.merge_diffusion(model, output or Path("merged"))  # type: ignore[arg-type]  # what its recipe builds
+    diffusion_files.choose_sets(model, sets)
+    if is_diffusion(recipe):
+        return diffusion_files.merge_diffusion(recipe, model, adapter, output or Path("merged"), tolerance)
     output = output or Path("merged.safetensors")
     if isinstance(recipe, SAM):
         return _merge_sam(recipe.name, model, output)
@@ -44,10 +50,8 @@ def merge_file(
         before = model.eval()(image)
         after = va.merge(model)(image)
     error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-    state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(output) as temporary:
-        temporary.write_bytes(serialise(state, {"format": "pt"}))
-    print(f"{output}: {len(state)} tensors, {output.stat().st_size:,} bytes")
+    count = write_state(model, output)
+    print(f"{output}: {count} tensors, {output.stat().st_size:,} bytes")
     print(f"outputs with the adapter and after merging differ by {error:.1e} (relative, largest)")
     print(f'load it: timm.create_model(…, num_classes={before.shape[1]}, checkpoint_path="{output}")')
 
@@ -89,13 +93,14 @@ def export_file(
     config: str | None,
     backbone: str | None,
     checkpoint: str | None,
+    sets: list[str] | None = None,
 ) -> None:
     """Write an adapter file in the format of another library and say how exact it is."""
     import visadapt as va
-    from visadapt.backbones.stable_diffusion import StableDiffusion
 
     recipe, model = adapted(adapter, config, backbone, checkpoint)
-    if isinstance(recipe, StableDiffusion):
+    diffusion_files.choose_sets(model, sets)
+    if is_diffusion(recipe):
         return diffusion_files.export_diffusion(recipe, model, adapter, output, format, rank, tolerance)
     error = va.export(model, output, format=format, rank=rank)
     how = "exact" if error == 0 else f"largest relative error of a layer {error:.1e}"
@@ -120,11 +125,10 @@ def adapted(
     import visadapt as va
     from visadapt.backbones.sam import SAM
     from visadapt.backbones.sam_export import load_adapter
-    from visadapt.backbones.stable_diffusion import StableDiffusion
     from visadapt.methods import METHODS  # noqa: F401 - a file names methods, their classes must be imported
 
     recipe = base_recipe(adapter, config, backbone, checkpoint)
-    if isinstance(recipe, StableDiffusion):
+    if is_diffusion(recipe):
         return recipe, _on_diffusion(recipe, adapter)
     names = class_names(adapter)
     if isinstance(recipe, SAM):
@@ -135,15 +139,23 @@ def adapted(
     return recipe, va.load(model, adapter)
 
 
-def _on_diffusion(recipe: StableDiffusion, adapter: Path) -> nn.Module:
+def is_diffusion(recipe: Backbone) -> TypeGuard[StableDiffusion | VideoDiffusion]:
+    """Whether a recipe is that of a diffusion model."""
+    from visadapt.backbones.stable_diffusion import StableDiffusion
+    from visadapt.backbones.video_diffusion import VideoDiffusion
+
+    return isinstance(recipe, (StableDiffusion, VideoDiffusion))
+
+
+def _on_diffusion(recipe: StableDiffusion | VideoDiffusion, adapter: Path) -> nn.Module:
     """The base with the adapters of a file of any format; those of visadapt may bring new words."""
     import visadapt as va
     from visadapt.backbones import sd_tokens
     from visadapt.interop.read import is_lora_file
 
     recipe.base_dtype = "float32"  # a file is written once: no reason to round it
-    recipe.grad_checkpointing = recipe.channels_last = False
-    model = recipe.build()
+    recipe.grad_checkpointing = recipe.channels_last = recipe.lean = False  # nor to train: the modules of diffusers
+    model: Any = recipe.build()
     if adapter.is_dir() or is_lora_file(adapter):
         return va.load(model, adapter).eval()
     loaded: nn.Module = sd_tokens.load_adapter(model, adapter)
@@ -160,9 +172,14 @@ def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpo
     from visadapt.backbones.sam_layout import NAMES
     from visadapt.backbones.stable_diffusion import StableDiffusion
     from visadapt.backbones.timm_vit import TimmViT
+    from visadapt.backbones.video_diffusion import VideoDiffusion
 
     if backbone in NAMES:
         return SAM(name=backbone, checkpoint=checkpoint)  # type: ignore[arg-type]  # one of its names
+    if backbone is not None and diffusion_files.is_video_base(backbone):
+        return VideoDiffusion(name=backbone, motion_adapter=checkpoint)
+    if backbone is not None and checkpoint is not None and diffusion_files.is_diffusion_base(backbone):
+        return VideoDiffusion(name=backbone, motion_adapter=checkpoint)
     if backbone is not None and diffusion_files.is_diffusion_base(backbone):
         return StableDiffusion(name=backbone)
     if backbone is not None:

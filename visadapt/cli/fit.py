@@ -95,7 +95,7 @@ class CLI(LightningCLI):
     """LightningCLI with a run directory, adapter files, pictures to predict, and default callbacks."""
 
     run_dir_now: Path | None = None  # of the latest instance: one that fails in its constructor is never returned
-    predicts = ""  # what `predict` makes: "classes", "masks" or "pictures"
+    predicts = ""  # what `predict` makes: "classes", "masks", "pictures" or "videos"
 
     def __init__(self) -> None:
         from visadapt.data.base import BaseData
@@ -128,7 +128,8 @@ class CLI(LightningCLI):
             type=str | None,
             help="Folder for all that the command writes (default: runs/<name of the configuration>/<time>).",
         )
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        for given in ("num_classes", "task_classes"):
+            parser.link_arguments(f"data.{given}", f"model.init_args.{given}", apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -189,7 +190,7 @@ class CLI(LightningCLI):
 
     def _choose_data(self, config: Any, run_file: str | None) -> None:
         """Predict the images of the command line; a segmentation takes those of its data where there are none."""
-        if self.predicts == "pictures":
+        if self.predicts in prompts.RENDERED:
             prompts.use_prompts(config)
             return
         prompts.refuse(config)
@@ -203,6 +204,7 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with our loggers in the run directory unless the configuration names others."""
+        from visadapt.report.clip_renders import ClipReport
         from visadapt.report.predictions import PredictionReport
         from visadapt.report.renders import RenderReport
         from visadapt.report.run import RunReport
@@ -222,9 +224,10 @@ class CLI(LightningCLI):
         if masks:  # which show a bar per sheet, and there can be one only
             callbacks.append(sheets.report(config, self.run_dir, bar))
             kwargs["enable_progress_bar"] = bool(bars)
-        elif self.predicts == "pictures":
+        elif self.predicts in prompts.RENDERED:
             made_by = self._adapters(config) or [str(config["ckpt_path"])] * bool(config.get("ckpt_path"))
-            callbacks.append(RenderReport(str(self.run_dir), made_by))
+            report = ClipReport if self.predicts == "videos" else RenderReport
+            callbacks.append(report(str(self.run_dir), made_by))
         else:
             callbacks.append(PredictionReport(str(self.run_dir)))
         if adapters := self._adapters(config):

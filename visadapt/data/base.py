@@ -30,6 +30,7 @@ class BaseData(L.LightningDataModule):
     """
 
     class_names: Sequence[str] = ()
+    task_classes: list[list[int]] | None = None  # groups of classes that come one after the other; None: no sequence
     transform: Callable[[Any], Any] | None = None  # set by a subclass that brings its own, for all stages
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0, seed: int = 0, drop_last: bool = False) -> None:

@@ -121,6 +121,11 @@ class PictureSet(Dataset):
     def __init__(self, samples: Sequence[Sample], transform: Callable[[Any], Any] | None) -> None:
         self.samples, self.transform = list(samples), transform
 
+    @property
+    def labels(self) -> list[int]:
+        """The label of each sample."""
+        return [label for _, label in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 

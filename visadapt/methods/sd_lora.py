@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from visadapt.core.adapter import ones
 from visadapt.core.site import Site
 from visadapt.core.stack import TaskStack
+from visadapt.maths.low_rank import inner, norm
 
 
 class SDLoRA(TaskStack):
@@ -81,9 +82,9 @@ class SDLoRA(TaskStack):
         if self.directions == "released":
             up = up / (up.norm() * down.norm()).clamp_min(1e-12)
         elif self.magnitudes == "layer":
-            norm = inner(down, up, down, up).clamp_min(1e-24).sqrt()
-            up = up / norm
-            gain[self.done] *= norm
+            size = norm(down, up).clamp_min(1e-12)
+            up = up / size
+            gain[self.done] *= size
         super().store(down, up)
 
     def next_task(self) -> None:
@@ -95,22 +96,16 @@ class SDLoRA(TaskStack):
     def _absorb(self, down: Tensor, up: Tensor) -> bool:
         """Least squares by Gram matrices; where the residual is small, add the coefficients to this layer's gains."""
         past = [self.direction(k) for k in range(self.done)]
-        squares = torch.stack([inner(*p, *p) for p in past] + [inner(down, up, down, up)])
-        kept = [k for k in range(self.done) if squares[k] > 0]
-        if not kept or squares[-1] == 0:
-            return bool(squares[-1] == 0)
-        norm = squares.sqrt()
-        gram = torch.stack([torch.stack([inner(*past[i], *past[j]) / (norm[i] * norm[j]) for j in kept]) for i in kept])
-        right = torch.stack([inner(*past[k], down, up) / (norm[k] * norm[-1]) for k in kept])
+        size = torch.stack([norm(*pair) for pair in past] + [norm(down, up)])
+        kept = [k for k in range(self.done) if size[k] > 0]
+        if not kept or size[-1] == 0:
+            return bool(size[-1] == 0)
+        gram = torch.stack([torch.stack([inner(*past[i], *past[j]) / (size[i] * size[j]) for j in kept]) for i in kept])
+        right = torch.stack([inner(*past[k], down, up) / (size[k] * size[-1]) for k in kept])
         found = torch.linalg.lstsq(gram.double(), right[:, None].double()).solution[:, 0]
         left = (1 - found @ right.double()).clamp_min(0)
-        size = up.shape[0] * down[0].numel()
-        if (left if self.residual == "relative" else (left / size).sqrt()) > self.threshold:
+        values = up.shape[0] * down[0].numel()
+        if (left if self.residual == "relative" else (left / values).sqrt()) > self.threshold:
             return False
-        self.offset[kept] += (self.magnitude.data[self.done] * norm[-1] * found / norm[kept]).to(self.offset.dtype)
+        self.offset[kept] += (self.magnitude.data[self.done] * size[-1] * found / size[kept]).to(self.offset.dtype)
         return True
-
-
-def inner(down: Tensor, up: Tensor, down_too: Tensor, up_too: Tensor) -> Tensor:
-    """⟨up·down, up'·down'⟩ of two low-rank matrices, without forming them."""
-    return ((up.t() @ up_too) * (down.flatten(1) @ down_too.flatten(1).t())).sum()

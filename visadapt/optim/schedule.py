@@ -58,15 +58,16 @@ def total_steps(trainer: L.Trainer) -> int | None:
     """
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        batches = _batches_per_epoch(trainer)
-        if batches is not None:
-            limits.append(trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
+        steps = steps_per_epoch(trainer)
+        if steps is not None:
+            limits.append(trainer.max_epochs * steps)
         elif not limits:
             raise ValueError("the training data has no length: set `trainer.max_steps`, the schedule needs an end")
     return min(limits, default=None)
 
 
-def _batches_per_epoch(trainer: L.Trainer) -> int | None:
+def steps_per_epoch(trainer: L.Trainer) -> int | None:
+    """Optimiser steps of one epoch of the training data at hand; None if they have no length."""
     source = trainer.fit_loop._data_source
     loader = source.dataloader() if source.is_module() else source.instance
     try:
@@ -74,4 +75,5 @@ def _batches_per_epoch(trainer: L.Trainer) -> int | None:
     except TypeError:
         return None
     limit = trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    return math.ceil(batches / trainer.accumulate_grad_batches)

@@ -132,3 +132,44 @@ def confusion_matrix(counts: np.ndarray, names: Sequence[str]) -> Figure:
             axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=8)
     fig.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     return fig
+
+
+def task_matrix(matrix: np.ndarray, names: Sequence[str]) -> Figure:
+    """Accuracies in a sequence of tasks: a row after each task, a column for each task.
+
+    Args:
+        matrix: Shares (T, T); nan where there is none.
+        names: What each task is about.
+    """
+    tasks = len(names)
+    fig = figure(max(4.6, 1.9 + 0.62 * tasks), max(3.4, 1.4 + 0.5 * tasks))
+    axes = fig.add_subplot()
+    image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(~np.isnan(matrix)) if tasks <= 20 else ():
+        value = matrix[row, column]
+        colour = "white" if value > 0.55 else INK
+        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(tasks), names, rotation=90 if max(map(len, names)) > 6 else 0, fontsize=8)
+    axes.set_yticks(range(tasks), [str(i + 1) for i in range(tasks)])
+    axes.set_xlabel("on the classes of a task")
+    axes.set_ylabel("after task")
+    axes.set_title("accuracy among all classes so far, %", color=INK, fontsize=10)
+    fig.colorbar(image, ax=axes, shrink=0.8)
+    return fig
+
+
+def task_lines(values: np.ndarray, title: str) -> Figure:
+    """A line for each task (column) over the tasks that have been learned (rows); nan where there is none."""
+    fig = figure(5.2, 3.4)
+    axes = fig.add_subplot()
+    for column in range(values.shape[1]):
+        axes.plot(range(1, len(values) + 1), values[:, column], marker="o", markersize=4, label=f"task {column + 1}")
+    axes.set_xlabel("after task")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(title, color=INK, fontsize=10)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    fig.legend(frameon=False, fontsize=8, loc="outside right upper")
+    return fig
