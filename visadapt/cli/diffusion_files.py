@@ -1,7 +1,8 @@
-"""Exporting and merging adapters of Stable Diffusion: what is written is loaded by stock code and compared."""
+"""Exporting and merging adapters of diffusion models: what is written is loaded by stock code and compared."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,20 +13,23 @@ from visadapt.interop import Format, export
 
 if TYPE_CHECKING:
     from visadapt.backbones.stable_diffusion import Diffusion, StableDiffusion
+    from visadapt.backbones.video_diffusion import VideoDiffusion, VideoModel
+    from visadapt.report.certificate import Certificate
 
 USE = {
     "diffusers": 'pipe.load_lora_weights("{folder}", weight_name="{name}")',
     "kohya": 'diffusers: pipe.load_lora_weights("{folder}", weight_name="{name}"); ComfyUI: models/loras',
     "lycoris": "LyCORIS, sd-scripts (--network_module lycoris.kohya)",
     "comfyui": "ComfyUI: models/loras",
-    "peft": 'peft.PeftModel.from_pretrained(pipe.unet, "{folder}/unet"), and so for each part',
+    "merged": 'diffusers.DiffusionPipeline.from_pretrained("{folder}")',
 }
+PEFT_USE = 'peft.PeftModel.from_pretrained(pipe.{part}, "{{folder}}/{part}"), and so for each part'
 MARK = "Written by visadapt."
 CARD = """---
 base_model: {base}
 library_name: {library}
-pipeline_tag: text-to-image
-tags: [text-to-image, lora, visadapt]
+pipeline_tag: {task}
+tags: [{task}, lora, visadapt]
 ---
 # Adapter of `{base}`
 
@@ -47,15 +51,69 @@ def is_diffusion_base(name: str) -> bool:
     return name == TINY or (path / "model_index.json").is_file() or single or hub or nowhere
 
 
+def is_video_base(name: str) -> bool:
+    """Whether a backbone's name means a text-to-video model: folders and hub ids of pipelines say so themselves."""
+    from visadapt.backbones.video_diffusion import TINY_VIDEO
+    from visadapt.backbones.video_families import FAMILIES
+
+    path = Path(name).expanduser()
+    if name == TINY_VIDEO or (path / "motion_adapter").is_dir():
+        return True
+    kind = _pipeline_class(name)
+    video = {pipeline for family in FAMILIES.values() for pipeline in family.pipelines}
+    return kind in video and not str(kind).startswith("StableDiffusion")
+
+
+def _pipeline_class(name: str) -> str | None:
+    """The class that a pipeline's folder or hub id names; None where nothing can be read."""
+    index = Path(name).expanduser() / "model_index.json"
+    if index.is_file():
+        found: str | None = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        return found
+    if not is_diffusion_base(name) or Path(name).exists():
+        return None
+    from diffusers import DiffusionPipeline
+
+    try:
+        return str(DiffusionPipeline.load_config(name).get("_class_name"))
+    except (OSError, ValueError):
+        return None  # no network, or nothing there: the backbone will say so
+
+
+def choose_sets(model: Any, sets: list[str] | None) -> None:
+    """Switch off the sets that are not wanted; without a word those of appearance where a motion is beside them.
+
+    Raises:
+        UserError: there is no such set.
+    """
+    import visadapt as va
+    from visadapt.backbones.video_diffusion import VideoModel
+    from visadapt.tasks.video_passes import MOTION, is_spatial
+
+    names = list(dict.fromkeys(adapter.name for adapter in va.adapters(model).values()))
+    if sets is not None:
+        if unknown := [name for name in sets if name not in names]:
+            raise UserError("--sets", f"there is no set '{unknown[0]}'", f"the file has {', '.join(names)}")
+        wanted = set(sets)
+    elif isinstance(model, VideoModel) and MOTION in names:
+        wanted = {name for name in names if not is_spatial(name)}
+    else:
+        return
+    va.strength(model, None, **{name: 0.0 for name in names if name not in wanted})
+    if rest := [name for name in names if name not in wanted]:
+        print(f"sets: {', '.join(name for name in names if name in wanted)}; without {', '.join(rest)} (--sets)")
+
+
 def default_output(format: Format) -> str:
     """Where an export goes if nothing else is said."""
     return {"peft": "peft_adapter", "diffusers": "diffusers_adapter"}.get(format, f"{format}.safetensors")
 
 
 def export_diffusion(
-    recipe: StableDiffusion, model: Any, adapter: Path, output: Path, format: Format, rank: int | None, tolerance: float
-) -> None:
-    """Write an adapter of Stable Diffusion and its parity certificate.
+    recipe: StableDiffusion | VideoDiffusion, model: Any, adapter: Path, output: Path, format: Format,
+    rank: int | None, tolerance: float,
+) -> None:  # fmt: skip
+    """Write an adapter of a diffusion model and its parity certificate.
 
     Raises:
         UserError: what was written does not do what the trained model does; it is renamed to ``….rejected``.
@@ -76,30 +134,36 @@ def export_diffusion(
         kept = _reject(output, format)
         hint = "--tolerance says how much deviation you accept" if error else f"the file is kept as '{kept}'"
         raise UserError(str(output), "certificate: " + "; ".join(certificate.problems), hint)
-    _cards(certificate, output, adapter, recipe.name, format)
+    use = USE[format] if format != "peft" else PEFT_USE.format(part="unet" if hasattr(model, "unet") else "transformer")
+    _cards(certificate, output, adapter, recipe.name, use)
     how = "exact" if error == 0 else f"largest relative error of a layer {error:.1e}"
     where = diffusers_path(output) if format == "diffusers" else output
     print(f"{output}: {format}, {certificate.tensors} tensors, {how}")
+    _tell(certificate)
+    for file in tokens:
+        print(f'new word: pipe.load_textual_inversion("{file}")')
+    print("load it: " + use.format(folder=output if format == "peft" else where.parent, name=where.name))
+
+
+def _tell(certificate: Certificate) -> None:
     print(
         f"certificate: {certificate.loader} took over {certificate.matched} of {certificate.tensors} tensors; latents "
         f"deviate by {certificate.latents:.1e}, pixels by {certificate.pixels:.1e} (the adapter changes them by "
         f"{certificate.effect:.2g})"
     )
-    for file in tokens:
-        print(f'new word: pipe.load_textual_inversion("{file}")')
-    print("load it: " + USE[format].format(folder=output if format == "peft" else where.parent, name=where.name))
 
 
-def _cards(certificate: Any, output: Path, adapter: Path, base: str, format: Format) -> None:
+def _cards(certificate: Certificate, output: Path, adapter: Path, base: str, use: str) -> None:
     """The certificate beside the file, in the card of a folder and in that of the adapter's run."""
     from visadapt.report.certificate import write_certificate
     from visadapt.report.facts import FILE, write_text
 
     card = output / "README.md" if output.is_dir() else None
     if card is not None and (not card.exists() or MARK in card.read_text(encoding="utf-8")):
-        library = "peft" if format == "peft" else "diffusers"
-        use = USE[format].format(folder=output, name="pytorch_lora_weights.safetensors")
-        write_text(card, CARD.format(mark=MARK, base=base, library=library, use=use))
+        library = "peft" if certificate.format == "peft" else "diffusers"
+        task = "text-to-video" if certificate.what == "videos" else "text-to-image"
+        use = use.format(folder=output, name="pytorch_lora_weights.safetensors")
+        write_text(card, CARD.format(mark=MARK, base=base, library=library, task=task, use=use))
     write_certificate(certificate, output, card)
     for folder in list(adapter.resolve().parents)[:3]:
         if (folder / FILE).is_file():
@@ -118,60 +182,69 @@ def _reject(output: Path, format: Format) -> Path:
     return kept
 
 
-def merge_diffusion(model: Diffusion, output: Path) -> None:
-    """Write a pipeline's folder with the adapter folded in, and say how far the UNet's outputs are apart.
+def merge_diffusion(
+    recipe: StableDiffusion | VideoDiffusion, model: Any, adapter: Path, output: Path, tolerance: float
+) -> None:
+    """Write a pipeline's folder with the adapter folded in, and its parity certificate.
 
     Raises:
-        UserError: the output is a file's name, or a folder that holds something else.
+        UserError: the output is a file's name, or a folder that holds something else; or what was written does not do
+            what the trained model does, and is renamed to ``….rejected``.
     """
+    from visadapt.report.certificate import certify_merged
+
+    if output.suffix or (output.exists() and not (output / "model_index.json").is_file() and any(output.iterdir())):
+        raise UserError("--output", f"'{output}' should be a new folder: a merged pipeline has a file for each part")
+
+    def write() -> Path:
+        _write_merged(model, output)
+        return output
+
+    certificate = certify_merged(model, write, recipe.build, lambda path: type(recipe)(str(path)).build(), tolerance)
+    if certificate.problems:
+        kept = output.with_name(f"{output.name}.rejected")
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(output, kept)
+        raise UserError(
+            str(output), "certificate: " + "; ".join(certificate.problems), f"the folder is kept as '{kept}'"
+        )
+    _cards(certificate, output, adapter, recipe.name, USE["merged"])
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"{output}: pipeline, {size:,} bytes, {certificate.updates} layers changed")
+    _tell(certificate)
+    print("load it: " + USE["merged"].format(folder=output))
+
+
+def _write_merged(model: Diffusion | VideoModel, output: Path) -> None:
     import torch
 
     import visadapt as va
     from visadapt.backbones.sd_notices import without_notices
     from visadapt.backbones.sd_tokens import bake_tokens
-    from visadapt.backbones.stable_diffusion import pipeline
+    from visadapt.report.fixed_renders import stock
 
-    if output.suffix or (output.exists() and not (output / "model_index.json").is_file() and any(output.iterdir())):
-        raise UserError("--output", f"'{output}' should be a new folder: a merged pipeline has a file for each part")
-    before = _probe(model.eval())
-    error = float((_probe(va.merge(model)) - before).abs().max() / before.abs().max())
+    va.merge(model)
     bake_tokens(model)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         with torch.no_grad(), without_notices():
-            pipeline(model).save_pretrained(temporary)
+            stock(model).save_pretrained(temporary)
         for part in ("text_encoder", "text_encoder_2"):
             _old_names(temporary / part / "model.safetensors")
         shutil.rmtree(output, ignore_errors=True)
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    print(f"{output}: pipeline, {size:,} bytes")
-    print(f"the UNet's outputs with the adapter and after merging differ by {error:.1e} (relative, largest)")
-    print(f'load it: diffusers.DiffusionPipeline.from_pretrained("{output}")')
-
-
-def _probe(model: Diffusion) -> Any:
-    """What the UNet predicts from noise and the text of a prompt."""
-    import torch
-
-    from visadapt.backbones.sd_text import encode_prompts
-
-    generator = torch.Generator().manual_seed(0)
-    side = model.unet.config.sample_size
-    noise = torch.randn(1, model.unet.config.in_channels, side, side, generator=generator)
-    with torch.no_grad():
-        return model(noise, torch.tensor([500]), encode_prompts(model, ["a red circle"]))
 
 
 def _old_names(file: Path) -> None:
-    """Text encoders with `text_model.` in front of each name, which every version of transformers and tool reads."""
+    """CLIP with `text_model.` in front of each name, which every version of transformers and tool reads."""
     from visadapt.interop.files import read_tensors, replace_tensors
     from visadapt.interop.parts import OLD
 
     if not file.is_file():
         return
     metadata, tensors = read_tensors(file)
-    if not any(name.startswith(OLD) for name in tensors):
+    clip = any(".self_attn.q_proj." in name for name in tensors)
+    if clip and not any(name.startswith(OLD) for name in tensors):
         replace_tensors(file, {OLD + name: tensor for name, tensor in tensors.items()}, metadata)

@@ -21,6 +21,7 @@ _LEAF = re.compile(
     r"proj_in|proj_out|(?:self_attn_)?(?:q|k|v|out)_proj|(?:mlp_)?fc[12]|in_layers_2|out_layers_3|emb_layers_1|"
     r"skip_connection|op|(?:time|add)_embedding_linear_[12]|text_projection|attn_(?:qkv|proj))$"
 )
+_MOTION = re.compile(r"[._]motion_modules[._]\d+[._]")  # AnimateDiff's layers across frames
 _ROLES = {"mid": "LoRA with Tucker core", "magnitude": "DoRA", "dora_scale": "DoRA", "down": "LoRA"}
 _ROLES |= dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), "LoHa")
 _ROLES |= {role: "LoKr" for role in ROLES.values() if role.startswith("lokr_")}
@@ -131,9 +132,10 @@ def _targets(names: list[str]) -> str:
     groups: dict[str, Counter[str]] = {}
     for layer in _layers(names):
         flat = re.sub(r"^(base_model\.model|lycoris)[._]", "", layer).replace(".", "_")
-        part = re.match(r"(lora_unet|lora_te[12]?|unet|text_encoder_2|text_encoder)_", flat)
+        part = re.match(r"(lora_unet|lora_te[12]?|unet|transformer|text_encoder_2|text_encoder)_", flat)
         leaf = _LEAF.search(flat)
-        group = groups.setdefault(part[1] if part else "", Counter())
+        named = [part[1]] * bool(part) + ["motion modules"] * bool(_MOTION.search(layer))
+        group = groups.setdefault(", ".join(named), Counter())
         group[leaf[1] if leaf else re.sub(r"\d+", "*", flat[part.end() if part else 0 :])] += 1
     told = (f"{part}: " * bool(part) + ", ".join(f"{leaf} ×{n}" for leaf, n in g.items()) for part, g in groups.items())
     return "; ".join(told)
@@ -143,9 +145,13 @@ def _base(metadata: dict[str, str], tensors: list[Tensor]) -> str:
     said = [
         metadata[k] for k in ("ss_base_model_version", "modelspec.architecture", "ss_sd_model_name") if k in metadata
     ]
+    if any(_MOTION.search(t.name) for t in tensors):
+        said.append("AnimateDiff")
     widths = set()
     for t in tensors:
         found = split(t.name)
+        if _MOTION.search(t.name):  # both attentions there are over time
+            continue
         if found and found[1] == "down" and re.search(r"attn2[._]to_[kv]$", found[0]) and len(t.shape) > 1:
             widths.add(t.shape[1])
     guess = [BASES.get(w, f"text of width {w}") for w in sorted(widths)]
@@ -179,7 +185,8 @@ def _kohya_notes(names: list[str], methods: list[str], alphas: list[float], meta
 
 
 def _diffusers_notes(names: list[str], methods: list[str]) -> Facts:
-    diffusers = "loads: pipe.load_lora_weights"
+    motion = any(_MOTION.search(n) for n in names)
+    diffusers = f"loads: {'AnimateDiffPipeline' if motion else 'pipe'}.load_lora_weights"
     if any(n.endswith(".alpha") for n in names):
         diffusers = "refuses it: keys that end in .alpha do not belong here"
     elif "LoKr" in methods:

@@ -38,26 +38,32 @@ def inspect(file: str, norms: bool = False) -> int:
 def merge(
     adapter: str,
     output: str | None = None,
+    sets: list[str] | None = None,
+    tolerance: float = 1e-4,
     config: str | None = None,
     backbone: str | None = None,
     checkpoint: str | None = None,
 ) -> int:
     """Fold an adapter into its base: what stock timm, segment-anything or diffusers loads.
 
-    The base is that of the run that wrote the adapter (its config.yaml lies beside it), unless you name one.
+    The base is that of the run that wrote the adapter (its config.yaml lies beside it), unless you name one. A merged
+    diffusion pipeline is loaded again by stock diffusers and compared with the adapted model, as an export is.
 
     Args:
         adapter: Adapter file or PEFT folder.
-        output: File to write (merged.safetensors; for a SAM also .pth, its official form); for Stable Diffusion a
+        output: File to write (merged.safetensors; for a SAM also .pth, its official form); for a diffusion model a
             folder (merged).
+        sets: Which sets of the file (default: all; of text-to-video those that are no appearance).
+        tolerance: Largest deviation of latents and pixels that the certificate of a diffusion model accepts.
         config: Configuration that names the backbone.
-        backbone: Name of a timm model, "tiny_digits", of a SAM ("vit_b") or of a Stable Diffusion ("tiny_sd", a
-            pipeline's folder, a hub id, one file), instead of a configuration.
-        checkpoint: Local weights of that backbone.
+        backbone: Name of a timm model, "tiny_digits", of a SAM ("vit_b") or of a diffusion model ("tiny_sd",
+            "tiny_video", a pipeline's folder, a hub id, one file), instead of a configuration.
+        checkpoint: Local weights of that backbone; of a Stable Diffusion the motion adapter (AnimateDiff).
     """
     from visadapt.cli.files import merge_file
 
-    merge_file(existing(adapter), None if output is None else Path(output), config, backbone, checkpoint)
+    to = None if output is None else Path(output)
+    merge_file(existing(adapter), to, tolerance, config, backbone, checkpoint, sets)
     return 0
 
 
@@ -65,35 +71,37 @@ def export(
     adapter: str,
     output: str | None = None,
     format: Format = "peft",
+    sets: list[str] | None = None,
     rank: int | None = None,
     tolerance: float = 1e-4,
     config: str | None = None,
     backbone: str | None = None,
     checkpoint: str | None = None,
 ) -> int:
-    """Write an adapter in the format of another tool; for Stable Diffusion, prove that it renders the same.
+    """Write an adapter in the format of another tool; for diffusion models, prove that it renders the same.
 
     "peft" writes a folder (of a diffusion model: one for each part), "diffusers" what pipe.load_lora_weights reads,
     "kohya" one file of plain LoRA that every tool reads, "lycoris" and "comfyui" one file that keeps DoRA, LoHa, LoKr
-    and Tucker cores. An export of a Stable Diffusion is loaded into a fresh stock pipeline and compared;
+    and Tucker cores. An export of a diffusion model is loaded into a fresh stock pipeline and compared;
     certificate.json says how far the two are apart, and a file that does nothing or something else is rejected.
 
     Args:
         adapter: Adapter file.
         output: Folder or file to write (default: by the format).
         format: The other tool.
+        sets: Which sets of the file (default: all; of text-to-video those that are no appearance).
         rank: Rank of the SVD of methods that the format cannot hold exactly; without it they are refused.
         tolerance: Largest deviation of latents and pixels that the certificate accepts.
         config: Configuration that names the backbone (default: the config.yaml of the adapter's run).
-        backbone: Name of a timm model, "tiny_digits", or of a Stable Diffusion ("tiny_sd", a pipeline's folder, a hub
-            id, one file), instead of a configuration.
-        checkpoint: Local weights of that backbone.
+        backbone: Name of a timm model, "tiny_digits", or of a diffusion model ("tiny_sd", "tiny_video", a pipeline's
+            folder, a hub id, one file), instead of a configuration.
+        checkpoint: Local weights of that backbone; of a Stable Diffusion the motion adapter (AnimateDiff).
     """
     from visadapt.cli.diffusion_files import default_output
     from visadapt.cli.files import export_file
 
     to = Path(output or default_output(format))
-    export_file(existing(adapter), to, format, rank, tolerance, config, backbone, checkpoint)
+    export_file(existing(adapter), to, format, rank, tolerance, config, backbone, checkpoint, sets)
     return 0
 
 
@@ -110,9 +118,9 @@ def import_(
         adapter: PEFT folder, or a file of diffusers, kohya, LyCORIS or ComfyUI.
         output: Adapter file to write.
         config: Configuration that names the backbone.
-        backbone: Name of a timm model, "tiny_digits", or of a Stable Diffusion ("tiny_sd", a pipeline's folder, a hub
-            id, one file), instead of a configuration.
-        checkpoint: Local weights of that backbone.
+        backbone: Name of a timm model, "tiny_digits", or of a diffusion model ("tiny_sd", "tiny_video", a pipeline's
+            folder, a hub id, one file), instead of a configuration.
+        checkpoint: Local weights of that backbone; of a Stable Diffusion the motion adapter (AnimateDiff).
     """
     from visadapt.cli.files import import_file
 
@@ -211,18 +219,20 @@ def _switches(tool: Callable[..., int], args: list[str]) -> list[str]:
 
 def _lists(tool: Callable[..., int], args: list[str]) -> list[str]:
     """``A B --weights 1 2`` means ``["A","B"] --weights=[1,2]``: jsonargparse takes a list as one argument."""
-    wanted = [name for name, p in signature(tool).parameters.items() if str(p.annotation).startswith("list[")]
+    given = signature(tool).parameters
+    wanted = {name for name, p in given.items() if str(p.annotation).startswith("list[")}
     if not wanted:
         return args
+    several = next(iter(given)) in wanted  # what stands before the options
     runs: list[list[str]] = [[]]  # an option, or nothing, and the words up to the next option
     for arg in args:
         runs.append([arg]) if arg.startswith("--") else runs[-1].append(arg)
     found = []
     for option, words in [("", runs[0]), *((run[0], run[1:]) for run in runs[1:])]:
         plain = all(not word.startswith("[") for word in words)
-        if option.removeprefix("--") in wanted[1:] and words and plain:
+        if option.removeprefix("--") in wanted and words and plain:
             found.append(f"{option}=[{','.join(words)}]")
-        elif option == "" and words and plain:
+        elif option == "" and several and words and plain:
             found.append(json.dumps(words))
         else:
             found += [option, *words] if option else words

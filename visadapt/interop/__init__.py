@@ -65,6 +65,9 @@ def export(model: nn.Module, path: str | Path, format: Format = "peft", rank: in
     Raises:
         ValueError: an unknown format, or a change that the format cannot hold.
     """
+    from visadapt.interop.video import check_layers
+
+    check_layers(model, format)
     if format == "peft":
         from visadapt.interop.peft import export_peft
 

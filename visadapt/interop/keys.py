@@ -60,7 +60,7 @@ def _telling(key: str) -> bool:
     found = split(key)
     if found is not None:
         return found[1] != "alpha"
-    return unread(key) is not None and (key.startswith(("lora_", "lycoris_", "unet.", "text_encoder")))
+    return unread(key) is not None and (key.startswith(("lora_", "lycoris_", "unet.", "transformer.", "text_encoder")))
 
 
 def unread(key: str) -> str | None:

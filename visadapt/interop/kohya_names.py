@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from visadapt.interop.parts import OLD, UNET, config_of, is_xl, layers, parts
+from visadapt.interop.parts import OLD, TRANSFORMER, UNET, config_of, is_xl, layers, network
 
 # Outside blocks, and inside residual blocks: diffusers' name -> the original (LDM) name.
 _OUTER = {
@@ -39,8 +39,10 @@ def readable_names(model: nn.Module) -> dict[str, str]:
 def _names(model: nn.Module) -> dict[str, list[str]]:
     """Own path -> names, the one to write first."""
     xl, found = is_xl(model), {}
-    unet = parts(model)[UNET]
+    unet = network(model)
     for part, name, own in layers(model):
+        if part == TRANSFORMER:
+            continue  # kohya's files are of UNets
         if part == UNET:
             original = _original(name, unet)
             names = [f"lora_unet_{name}", f"lycoris_{name}"]

@@ -11,21 +11,20 @@ from visadapt.core.export import acting
 from visadapt.core.layer import Grafted
 from visadapt.core.model import is_adapter_key
 
-UNET = "unet"
+UNET, TRANSFORMER = "unet", "transformer"
 TEXT = ("text_encoder", "text_encoder_2")
 NEW_TOKENS = ".new_tokens"  # trained embeddings of new words, which have files of their own
 OLD = "text_model."  # transformers before 5.6 had it in every CLIP; files keep it
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Name in files -> module: `unet`, `text_encoder`, `text_encoder_2`; a UNet alone is `unet`.
+    """Name in files -> module: `unet` or `transformer`, `text_encoder`, `text_encoder_2`; a UNet alone is `unet`.
 
     Raises:
-        ValueError: the model is neither a UNet nor has one.
+        ValueError: the model is neither a UNet nor a diffusion model.
     """
-    found = {n: child for n in (UNET, *TEXT) if isinstance(child := getattr(model, n, None), nn.Module)}
-    if UNET in found:
-        return found
+    if is_diffusion(model):
+        return {n: getattr(model, n) for n in (UNET, TRANSFORMER, *TEXT) if _has(model, n)}
     if hasattr(model, "down_blocks") and hasattr(model, "up_blocks"):
         return {UNET: model}
     raise ValueError(
@@ -35,8 +34,18 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_diffusion(model: nn.Module) -> bool:
-    """Whether `parts` finds the parts of the model as its children."""
-    return isinstance(getattr(model, UNET, None), nn.Module)
+    """Whether `parts` finds the parts of the model as its children: models with a `transformer` are many."""
+    return _has(model, UNET) or (_has(model, TRANSFORMER) and _has(model, "vae"))
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return isinstance(getattr(model, name, None), nn.Module)
+
+
+def network(model: nn.Module) -> nn.Module:
+    """The UNet or transformer."""
+    found = parts(model)
+    return found[UNET if UNET in found else TRANSFORMER]
 
 
 def is_xl(model: nn.Module) -> bool:
@@ -45,8 +54,8 @@ def is_xl(model: nn.Module) -> bool:
 
 
 def config_of(model: nn.Module) -> object:
-    """The configuration of the UNet."""
-    return getattr(parts(model)[UNET], "config", None)
+    """The configuration of the UNet or transformer."""
+    return getattr(network(model), "config", None)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, str, str]]:
@@ -69,7 +78,9 @@ def adapted(model: nn.Module) -> dict[str, tuple[str, str, Grafted]]:
     every = acting(model)
     found = {path: (*named[path], layer) for path, layer in every.items() if path in named}
     if strange := [path for path in every if path not in named]:
-        raise ValueError(f"'{strange[0]}' is adapted, but these files hold unet and text encoders only; merge instead")
+        raise ValueError(
+            f"'{strange[0]}' is adapted, but these files hold the network and text encoders only; merge instead"
+        )
     if not found:
         raise ValueError("nothing to export: the model has no adapters, or all are at strength 0")
     trained = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)]

@@ -50,7 +50,9 @@ def export_peft(model: nn.Module, path: str | Path, rank: int | None = None) -> 
         return error
     changed = {part: module for part, module in parts(model).items() if acting(module)}
     if strange := [name for name in acting(model) if name.partition(".")[0] not in changed]:
-        raise ValueError(f"'{strange[0]}' is adapted, but only unet and text encoders have PEFT folders; merge instead")
+        raise ValueError(
+            f"'{strange[0]}' is adapted, but only the network and text encoders have PEFT folders; merge instead"
+        )
     if not changed:
         raise ValueError("nothing to export: the model has no adapters, or all are at strength 0")
     folders = {part: _folder(module, rank) for part, module in changed.items()}

@@ -19,7 +19,7 @@ from visadapt.interop.kohya_names import readable_names
 from visadapt.interop.loha import HADA, read_loha
 from visadapt.interop.lokr import read_lokr
 from visadapt.interop.made import Made, graft_made, shaped
-from visadapt.interop.parts import OLD, UNET, layers
+from visadapt.interop.parts import OLD, TRANSFORMER, UNET, layers
 from visadapt.interop.peft import from_pattern
 from visadapt.methods import DoRA, FLoRA, LoRA
 
@@ -69,7 +69,7 @@ def _names(model: nn.Module) -> dict[str, str]:
     found = readable_names(model)
     for part, name, own in layers(model):
         found |= {f"{part}.{name}": own, f"{part}.{name.removeprefix(OLD)}": own}
-        if part == UNET:
+        if part in (UNET, TRANSFORMER):
             found[name] = own  # `unet.save_lora_adapter` writes no prefix
     return found
 

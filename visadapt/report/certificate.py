@@ -1,4 +1,4 @@
-"""Parity certificate: a stock pipeline loads what was exported and renders what the trained model renders."""
+"""Parity certificate: a stock pipeline loads what was exported or merged and renders what the trained model renders."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from visadapt.backbones.sd_latents import decode_latents, reduction
-from visadapt.backbones.sd_render import render_latents
-from visadapt.backbones.stable_diffusion import Diffusion, pipeline
+from visadapt.backbones.stable_diffusion import Diffusion
+from visadapt.backbones.video_diffusion import VideoModel
+from visadapt.core.export import acting
 from visadapt.interop.diffusers_file import diffusers_path
 from visadapt.interop.keys import split
 from visadapt.interop.parts import parts
 from visadapt.interop.read import import_lora
 from visadapt.report.facts import write_text
+from visadapt.report.fixed_renders import rendered, settings_of, stock
 
 _LIBRARIES = ("visadapt", "torch", "diffusers", "transformers", "peft", "safetensors")
+PROMPTS = ("a red circle", "a photo of a dog")
 _START, _END = "<!-- certificate -->", "<!-- /certificate -->"
 
 
@@ -34,7 +36,7 @@ class Certificate:
 
     Args:
         file: name of the file or folder.
-        format: "diffusers", "kohya", "peft", "lycoris" or "comfyui".
+        format: "diffusers", "kohya", "peft", "lycoris", "comfyui" or "merged".
         loader: who read it.
         sha256: hash of the file (of a folder: of its files, in the order of their names).
         tensors: tensors written, without alphas.
@@ -45,7 +47,7 @@ class Certificate:
         pixels: largest deviation of a pixel, of values in 0 … 1.
         effect: largest change that the adapter makes to a pixel.
         tolerance: what latents and pixels may deviate at most.
-        renders: prompts, seeds, steps, guidance and size.
+        renders: prompts, seeds, steps, guidance and size; of videos also frames.
         versions: of the libraries.
     """
 
@@ -65,6 +67,11 @@ class Certificate:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def what(self) -> str:
+        """What was rendered."""
+        return "videos" if "frames" in self.renders else "pictures"
+
+    @property
     def problems(self) -> list[str]:
         """Why the file is rejected; empty if it is not."""
         found = []
@@ -74,7 +81,7 @@ class Certificate:
             found.append("the update is zero: the file changes nothing")
         worst = max(self.latents, self.pixels)
         if not worst <= self.tolerance:  # NaN is never within
-            found.append(f"pictures deviate by {worst:.1e}, the tolerance is {self.tolerance:.1e}")
+            found.append(f"{self.what} deviate by {worst:.1e}, the tolerance is {self.tolerance:.1e}")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,7 +92,7 @@ class Certificate:
         """The section of a model card."""
         return [
             f"Loaded into a fresh base by {self.loader}: {self.matched} of {self.tensors} tensors taken over, "
-            f"{self.updates} of {self.layers} layers changed. Over {len(self.renders['seeds'])} pictures of "
+            f"{self.updates} of {self.layers} layers changed. Over {len(self.renders['seeds'])} {self.what} of "
             f"{self.renders['steps']} steps the latents deviate from the trained model by at most {self.latents:.1e} "
             f"(of the largest), pixels by {self.pixels:.1e} (of 1); the adapter itself changes them by up to "
             f"{self.effect:.2g}. Tolerance {self.tolerance:.0e}: **{'passed' if not self.problems else 'failed'}**.",
@@ -97,8 +104,8 @@ class Certificate:
 
 @torch.no_grad()
 def certify(
-    model: Diffusion, fresh: Callable[[], Diffusion], path: Path, format: str, tolerance: float = 1e-4,
-    tokens: Sequence[Path] = (), prompts: Sequence[str] = ("a red circle", "a photo of a dog"), steps: int = 3,
+    model: Diffusion | VideoModel, fresh: Callable[[], Diffusion | VideoModel], path: Path, format: str,
+    tolerance: float = 1e-4, tokens: Sequence[Path] = (), prompts: Sequence[str] = PROMPTS, steps: int = 3,
 ) -> Certificate:  # fmt: skip
     """Load an exported file into a fresh base with stock code, render, and compare with the trained model.
 
@@ -117,32 +124,56 @@ def certify(
         ValueError: the loader refuses the file.
     """
     words = [w.name for w in getattr(model, "new_tokens", ())]
-    prompts = [*prompts, *(f"a photo of {word}" for word in words)]
-    own = model.unet.config.sample_size
-    side = min(256, reduction(model.vae) * (own if isinstance(own, int) else min(own)))
-    settings = {"prompts": prompts, "seeds": list(range(len(prompts))), "steps": steps, "guidance": 3.0, "size": side}
-    plain = _render(fresh(), settings)
+    settings = settings_of(model, [*prompts, *(f"a photo of {word}" for word in words)], steps)
+    plain = rendered(fresh(), settings)[1]
     other = fresh()
     loader, loaded = _load(other, path, format, tokens)
     files = written_files(path, format)
     written, layers, updates = _content(files)
-    ours, theirs = _render(model.eval(), settings), _render(other, settings)
+    matched = written.total() if loaded is None else (written & loaded).total()
+    held = {"sha256": _hash(files), "tensors": written.total(), "matched": matched, "layers": layers}
+    held |= {"updates": updates, **_deviations(rendered(model.eval(), settings), rendered(other, settings), plain)}
     return Certificate(
-        path.name,
-        format,
-        loader,
-        _hash(files),
-        tensors=written.total(),
-        matched=written.total() if loaded is None else (written & loaded).total(),
-        layers=layers,
-        updates=updates,
-        latents=float((theirs[0] - ours[0]).abs().max() / ours[0].abs().max()),
-        pixels=float((theirs[1] - ours[1]).abs().max()),
-        effect=float((ours[1] - plain[1]).abs().max()),
-        tolerance=tolerance,
-        renders=settings,
-        versions=_versions(),
-    )
+        path.name, format, loader, **held, tolerance=tolerance, renders=settings, versions=_versions()
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def certify_merged(
+    model: Diffusion | VideoModel, write: Callable[[], Path], fresh: Callable[[], Diffusion | VideoModel],
+    again: Callable[[Path], Diffusion | VideoModel], tolerance: float = 1e-4, steps: int = 3,
+) -> Certificate:  # fmt: skip
+    """The same of a whole pipeline with the adapters folded in.
+
+    Args:
+        model: the trained model, its adapters still beside the weights.
+        write: folds them in, writes the pipeline's folder, and gives its path back.
+        fresh: builds the base again, without adapters.
+        again: builds what is in that folder, by stock code.
+        tolerance: largest deviation to accept.
+        steps: of the sampler.
+    """
+    settings, adapted = settings_of(model, PROMPTS, steps), list(acting(model))
+    ours = rendered(model.eval(), settings)
+    path = write()
+    base, other = fresh(), again(path)
+    found = _deviations(ours, rendered(other, settings), rendered(base, settings)[1])
+    merged, loaded, before = (one.state_dict() for one in (model, other, base))
+    matched = [name for name, tensor in merged.items() if name in loaded and torch.equal(tensor, loaded[name])]
+    own = {name: [f"{name}.{param}" for param in ("weight", "bias") if f"{name}.{param}" in merged] for name in adapted}
+    changed = [name for name, keys in own.items() if any(not torch.equal(merged[k], before[k]) for k in keys)]
+    return Certificate(
+        path.name, "merged", "stock diffusers (DiffusionPipeline.from_pretrained)",
+        _hash(sorted(path.rglob("*.safetensors"))), len(merged), len(matched), len(adapted), len(changed), **found,
+        tolerance=tolerance, renders=settings, versions=_versions(),
+    )  # fmt: skip
+
+
+def _deviations(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], plain: Tensor) -> dict[str, float]:
+    """Of latents and pixels, and what the adapter changes of the plain base's pixels."""
+    latents = (theirs[0] - ours[0]).abs().max() / ours[0].abs().max()
+    pixels, effect = ((ours[1] - other).abs().max() for other in (theirs[1], plain))
+    return {"latents": float(latents), "pixels": float(pixels), "effect": float(effect)}
 
 
 def written_files(path: Path, format: str) -> list[Path]:
@@ -152,13 +183,9 @@ def written_files(path: Path, format: str) -> list[Path]:
     return [diffusers_path(path) if format == "diffusers" else path]
 
 
-def _render(model: Diffusion, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Final latents and pictures of the stock pipeline made of the model's own modules."""
-    latents = render_latents(model, **settings)
-    return latents.float().cpu(), decode_latents(model, latents).float().cpu()
-
-
-def _load(model: Diffusion, path: Path, format: str, tokens: Sequence[Path]) -> tuple[str, Counter[bytes] | None]:
+def _load(
+    model: Diffusion | VideoModel, path: Path, format: str, tokens: Sequence[Path]
+) -> tuple[str, Counter[bytes] | None]:
     """Who loads the file into the fresh base, and the tensors that the base then holds (None: the loader is strict)."""
     for file in tokens:
         _load_token(model, file)
@@ -174,10 +201,9 @@ def _load(model: Diffusion, path: Path, format: str, tokens: Sequence[Path]) -> 
             if (path / part).is_dir():
                 PeftModel.from_pretrained(module, str(path / part))  # type: ignore[arg-type]
         return "stock PEFT (PeftModel.from_pretrained)", _held(model)
-    stock = pipeline(model)
     try:
         file = diffusers_path(path)
-        stock.load_lora_weights(str(file.parent), weight_name=file.name)
+        stock(model).load_lora_weights(str(file.parent), weight_name=file.name)
     except ValueError as error:
         told = " ".join(str(error).split())[:200]
         if "PEFT backend" in told:
@@ -186,22 +212,22 @@ def _load(model: Diffusion, path: Path, format: str, tokens: Sequence[Path]) -> 
     return "stock diffusers (pipeline.load_lora_weights)", _held(model)
 
 
-def _load_token(model: Diffusion, file: Path) -> None:
-    stock = pipeline(model)
+def _load_token(model: Any, file: Path) -> None:
+    pipeline = stock(model)
     with safe_open(file, "pt") as held:
         token = (held.metadata() or {})["token"]
         tensors = {key: held.get_tensor(key) for key in held.keys()}
     if "clip_g" not in tensors:
-        stock.load_textual_inversion(tensors, token=token)
+        pipeline.load_textual_inversion(tensors, token=token)
         return
     for key, encoder, tokenizer in (
         ("clip_l", model.text_encoder, model.tokenizer),
         ("clip_g", model.text_encoder_2, model.tokenizer_2),
     ):
-        stock.load_textual_inversion(tensors[key], token=token, text_encoder=encoder, tokenizer=tokenizer)
+        pipeline.load_textual_inversion(tensors[key], token=token, text_encoder=encoder, tokenizer=tokenizer)
 
 
-def _held(model: Diffusion) -> Counter[bytes]:
+def _held(model: Diffusion | VideoModel) -> Counter[bytes]:
     """The adapter tensors that stock libraries have put into the networks."""
     found = [
         p
