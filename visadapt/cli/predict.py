@@ -68,6 +68,7 @@ class LoadAdapter(Callback):
             va.remove(model)
         for path, name in zip(self.paths, set_names(self.paths), strict=True):
             load_file(model, path, name)
+        getattr(pl_module, "use", int)()  # the strengths that the task takes for its sets
         pl_module.to(pl_module.device)
         pl_module.eval()
 

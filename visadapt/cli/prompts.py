@@ -1,4 +1,4 @@
-"""``visadapt predict --prompts …``: its options, and prompts as data for a text-to-image model."""
+"""``visadapt predict --prompts …``: its options, and prompts as data for a text-to-image or text-to-video model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from visadapt.data.text_prompts import TextPrompts
 
 BATCH = 8  # pictures at once, unless the command line says otherwise
 PREVIEW = ("steps", "guidance", "size", "negative")  # options that stand for those of the task's preview
-OPTIONS = ("prompts", "seeds", *PREVIEW, "batch_size", "backbone")
+BEGINNINGS = ("image", "clip")  # what a video may start from; one of them at most
+OF_VIDEOS = ("frames", *BEGINNINGS, "share")
+RENDERED = ("pictures", "videos")  # kinds of tasks that render prompts
+OPTIONS = ("prompts", "seeds", *PREVIEW, *OF_VIDEOS, "batch_size", "backbone")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Options of ``predict`` that matter to text-to-image models only; what is not given is as in the run's preview."""
-    group = parser.add_argument_group("Pictures: prompts for a text-to-image model")
+    """Options of ``predict`` that matter to models of text alone; what is not given is as in the run's preview."""
+    group = parser.add_argument_group("Pictures and videos: prompts for a text-to-image or text-to-video model")
     group.add_argument(
         "--prompts", type=str, nargs="+",
         help="Texts, or .txt files with one in each line (default: the captions of the held-out data).",
@@ -29,17 +32,26 @@ def add_options(parser: ArgumentParser) -> None:
     group.add_argument("--guidance", type=float | None, help="Scale of classifier-free guidance; 1 is off.")
     group.add_argument("--size", type=int, nargs="+", help="Side in pixels, or height and width.")
     group.add_argument("--negative", type=str | None, help="Negative prompt.")
-    group.add_argument("--batch_size", type=int | None, help=f"Pictures at once (default: {BATCH}).")
+    group.add_argument("--batch_size", type=int | None, help=f"Pictures or videos at once (default: {BATCH}).")
     group.add_argument(
         "--backbone", type=str | None,
-        help="Stable Diffusion to render with, instead of a configuration: tiny_sd, a pipeline's folder, a hub id.",
+        help="Model to render with, instead of a configuration: tiny_sd, tiny_video, a pipeline's folder, a hub id.",
     )  # fmt: skip
+    group.add_argument("--frames", type=int | None, help="Frames of a video.")
+    group.add_argument("--image", type=str | None, help="Picture that a video brings to motion.")
+    group.add_argument("--clip", type=str | None, help="Video or folder of frames whose noise a video starts from.")
+    group.add_argument("--share", type=float | None, help="Share of the noise of --image or --clip; the rest is new.")
 
 
 def with_backbone(args: list[str], name: str) -> list[str]:
-    """The arguments with what makes a task of a Stable Diffusion, for adapter files without a run."""
-    made = ["--model=TextToImage", "--model.backbone=StableDiffusion", f"--model.backbone.name={name}"]
-    return [*made, "--data=TextPrompts", *args]
+    """The arguments with what makes a task of a diffusion model, for adapter files without a run."""
+    from visadapt.cli.diffusion_files import is_video_base
+
+    if any(arg.startswith("--model.backbone.motion_adapter") for arg in args) or is_video_base(name):
+        made = ["--model=TextToVideo", "--model.backbone=VideoDiffusion", "--model.paths.mode=single"]
+    else:
+        made = ["--model=TextToImage", "--model.backbone=StableDiffusion"]
+    return [*made, f"--model.backbone.name={name}", "--data=TextPrompts", *args]
 
 
 def refuse(config: Namespace) -> None:
@@ -50,7 +62,11 @@ def refuse(config: Namespace) -> None:
     """
     for option in OPTIONS:
         if config.get(option) is not None:
-            raise UserError(f"--{option}", "only a text-to-image model renders prompts", "this model takes --images")
+            raise UserError(
+                f"--{option}",
+                "only a text-to-image or text-to-video model renders prompts",
+                "this model takes --images",
+            )
 
 
 def use_prompts(config: Namespace) -> None:
@@ -62,15 +78,24 @@ def use_prompts(config: Namespace) -> None:
     Raises:
         UserError: No prompts and no data with captions, a file that is missing, or images.
     """
+    preview = config["model"]["init_args"]["preview"]
+    videos = "frames" in preview
     if config.get("images") is not None:
-        raise UserError("--images", "this model makes pictures, it takes none", "give --prompts TEXT …")
+        more = ", and --image PICTURE to start from one" if videos else ""
+        raise UserError("--images", "this model renders prompts", f"give --prompts TEXT …{more}")
     for prompt in config.get("prompts") or ():
         if prompt.lower().endswith(".txt") and not Path(prompt).is_file():
             raise UserError("--prompts", f"there is no file '{prompt}'", nearby(prompt))
-    preview = config["model"]["init_args"]["preview"]
-    for option in PREVIEW:
-        if config.get(option) is not None:
-            preview[option] = config[option]
+    for option in (*PREVIEW, *OF_VIDEOS):
+        if config.get(option) is None:
+            continue
+        if option in OF_VIDEOS and not videos:
+            raise UserError(f"--{option}", "only a text-to-video model takes this", "leave it out")
+        if option in BEGINNINGS:
+            if not Path(config[option]).exists():
+                raise UserError(f"--{option}", f"there is no file '{config[option]}'", nearby(config[option]))
+            preview |= dict.fromkeys(BEGINNINGS)  # it takes the place of the configuration's
+        preview[option] = config[option]
     chosen: dict[str, Any] = {"prompts": None, "source": None, "seeds": config.get("seeds")}
     chosen["batch_size"] = config.get("batch_size") or BATCH
     data = config.get("data")

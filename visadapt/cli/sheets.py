@@ -52,7 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def kind(config: Namespace) -> str:
-    """What the task of a configuration predicts: "classes", "masks" or "pictures"."""
+    """What the task of a configuration predicts: "classes", "masks", "pictures" or "videos"."""
     module, _, name = config["model"]["class_path"].rpartition(".")
     return str(getattr(getattr(import_module(module), name), "report_kind", "classes"))
 

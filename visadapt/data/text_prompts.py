@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from visadapt.data.base import BaseData, Stage
 from visadapt.data.captioned_data import CaptionedData
 from visadapt.data.captions import warn_of_long
+from visadapt.data.clip_data import ClipData
 
 
 class PromptSet(Dataset):
@@ -78,7 +79,8 @@ class TextPrompts(BaseData):
     def _captions(self) -> list[str]:
         assert self.source is not None  # by the constructor
         self.source.setup("test")
-        captions = [self.source.captions(picture.caption, False) for picture in self.source.pictures("test")]
+        shown = self.source.clips("test") if isinstance(self.source, ClipData) else self.source.pictures("test")
+        captions = [self.source.captions(one.caption, False) for one in shown]
         return list(dict.fromkeys(captions))
 
 

@@ -13,13 +13,19 @@ PICTURES = {
     "confusion_matrix.png": "Confusion matrix",
     "class_iou.png": "IoU of each class",
     "pictures.png": "Pictures of the base and of the adapted model",
+    "videos.webp": "Videos of the base and of the adapted model",
+    "videos.png": "Frames of them",
+    "accuracy_matrix.png": "Accuracy after each task, on each task",
+    "update_sizes.png": "What the update of each task is worth",
 }
 PIPELINES = {  # names of model hubs
     "classes": "image-classification",
     "masks": "image-segmentation",
     "pictures": "text-to-image",
+    "videos": "text-to-video",
+    "sequence": "image-classification",
 }
-_COMMANDS = {  # by kind of task
+_COMMANDS = {  # by kind of task; {file} is the adapter file to take
     "classes": [
         "visadapt predict --adapter adapter.safetensors --images FOLDER",
         "visadapt merge adapter.safetensors --output merged.safetensors   # for stock timm",
@@ -34,11 +40,13 @@ _COMMANDS = {  # by kind of task
         "visadapt export adapter.safetensors --format kohya --output lora.safetensors   # ComfyUI and others",
         "visadapt merge adapter.safetensors --output merged   # the whole pipeline",
     ],
+    "videos": ['visadapt predict --adapter {file} --prompts "a prompt" --seeds 0 1 2'],
 }
 _WHOLE = {  # a run without adapters
     "classes": "visadapt predict --ckpt_path checkpoints/last.ckpt --images FOLDER",
     "masks": "visadapt predict --ckpt_path checkpoints/last.ckpt --images sheet.png",
     "pictures": 'visadapt predict --ckpt_path checkpoints/last.ckpt --prompts "a prompt" --seeds 0 1 2',
+    "videos": 'visadapt predict --ckpt_path checkpoints/last.ckpt --prompts "a prompt" --seeds 0 1 2',
 }
 _IN_PYTHON = {  # {base} is the name of the base network
     "classes": [
@@ -63,7 +71,18 @@ _IN_PYTHON = {  # {base} is the name of the base network
         'model = load_adapter(StableDiffusion("{base}").build(), "adapter.safetensors")',
         'picture = pipeline(model)("a prompt").images[0]  # the stock pipeline',
     ],
+    "videos": [
+        "import visadapt as va",
+        "from visadapt.backbones.video_diffusion import VideoDiffusion",
+        "from visadapt.backbones.video_render import render",
+        "",
+        'model = va.load(VideoDiffusion("{base}").build(), "{file}")',
+        'video = render(model, ["a prompt"], [0])  # (1, frames, 3, height, width) in 0 … 1',
+    ],
 }
+# A model of a sequence is a classifier like any other.
+_COMMANDS["sequence"], _IN_PYTHON["sequence"] = _COMMANDS["classes"], _IN_PYTHON["classes"]
+_WHOLE["sequence"] = _WHOLE["classes"]
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -153,16 +172,18 @@ def _adapters(facts: RunFacts) -> list[str]:
 def _usage(facts: RunFacts, peft: bool) -> list[str]:
     if not facts.sets:
         return ["```bash", _WHOLE[facts.kind], "```"]
+    motion = facts.kind == "videos" and len({s.name for s in facts.sets}) > 1  # the appearance has its own file
+    file = "temporal.safetensors" if motion else "adapter.safetensors"
     lines = [
         "```bash",
-        *_COMMANDS[facts.kind],
+        *(line.format(file=file) for line in _COMMANDS[facts.kind]),
         "```",
         "",
         "```python",
-        *(line.format(base=facts.base) for line in _IN_PYTHON[facts.kind]),
+        *(line.format(base=facts.base, file=file) for line in _IN_PYTHON[facts.kind]),
         "```",
     ]
-    if peft and facts.kind != "pictures":
+    if peft and facts.kind in ("classes", "masks", "sequence"):
         lines += [
             "",
             "In PEFT, after `visadapt export adapter.safetensors --output peft_folder`:",

@@ -40,7 +40,7 @@ class AdapterSet:
 class RunFacts:
     """Facts of one run. Figures are shares (accuracy, IoU) or values as the task reports them.
 
-    ``kind`` is the ``report_kind`` of the task: "classes", "masks" or "pictures".
+    ``kind`` is the ``report_kind`` of the task: "classes", "masks", "pictures" or "videos".
     """
 
     name: str

@@ -69,8 +69,11 @@ def kind_of(task: Any, images: int | None = None, samples: int | None = None) ->
     from visadapt.report.classes import Classes
     from visadapt.report.masks import Masks
     from visadapt.report.pictures import Pictures
+    from visadapt.report.sequence import Sequence as TaskSequence
+    from visadapt.report.videos import Videos
 
-    kinds: dict[str, type[Kind]] = {kind.name: kind for kind in (Classes, Masks, Pictures)}
+    every = (Classes, Masks, Pictures, Videos, TaskSequence)
+    kinds: dict[str, type[Kind]] = {kind.name: kind for kind in every}
     wanted = getattr(task, "report_kind", Classes.name)
     if wanted not in kinds:
         raise ValueError(f"{type(task).__name__}.report_kind: '{wanted}' is none of {', '.join(kinds)}")

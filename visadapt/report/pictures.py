@@ -14,7 +14,7 @@ from torch import Tensor
 from visadapt.data.loader import ExactLoader
 from visadapt.report import evaluate, results, tiles
 from visadapt.report.kind import Kind
-from visadapt.tasks.measures import Measuring, key
+from visadapt.tasks.measures import key
 
 SIDE = 160  # pixels of a picture in the grid
 MOST = 256  # larger ones are kept at this side: those of the base travel in every checkpoint
@@ -60,7 +60,10 @@ class Pictures(Kind):
     def _measure(self, trainer: Any, task: Any, base: bool = False) -> tuple[dict[str, float], Tensor | None]:
         """Figures of the renders, and features of those of the other prompts; what the base has is in ``before``."""
         with trainer.precision_plugin.forward_context(), evaluate.evaluating(task):
-            return Measuring(task, trainer.datamodule)(self.before.get("features"), base)
+            found: tuple[dict[str, float], Tensor | None] = task.measuring(trainer.datamodule)(
+                self.before.get("features"), base
+            )
+            return found
 
     def levels(self, figures: dict[str, float]) -> dict[str, float]:
         """The loss before adaptation."""

@@ -13,17 +13,20 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from visadapt.core.files import replacing
 from visadapt.report import results, tiles
 from visadapt.report.facts import readable, write_text
 
-TABLE, SHEET = "pictures.csv", "contact_sheet.png"
+SHEET = "contact_sheet.png"
 Row = tuple[str, str, int]  # file, prompt, seed
 
 
 class RenderReport(Callback):
     """Writes pictures as they come; at the end rank 0 writes ``pictures.csv`` and ``contact_sheet.png``.
+
+    A subclass writes something else by stating ``what``, ``suffix``, ``save`` and ``first``.
 
     Each PNG says how it was made: ``parameters`` in the words of Stable Diffusion's web interfaces, which galleries
     read, and ``visadapt`` as JSON.
@@ -33,6 +36,8 @@ class RenderReport(Callback):
         adapters: Adapter files, or the checkpoint, that made the pictures.
         most: Most pictures in the sheet.
     """
+
+    what, suffix = "pictures", "png"
 
     def __init__(self, run_dir: str, adapters: list[str] | None = None, most: int = 64) -> None:
         self.run_dir, self.adapters, self.most = Path(run_dir), list(adapters or []), most
@@ -45,10 +50,20 @@ class RenderReport(Callback):
         settings = self._settings(pl_module)
         found = zip(batch["numbers"], batch["captions"], batch["seeds"], outputs, strict=True)
         for number, prompt, seed, picture in found:
-            pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            name = f"{number:04d}_{_short(prompt)}_seed{seed}.png"
-            _save(pixels, self.run_dir / name, {"prompt": prompt, "seed": seed} | settings)
+            name = f"{number:04d}_{_short(prompt)}_seed{seed}.{self.suffix}"
+            self.save(
+                (picture * 255).round().byte().cpu(), self.run_dir / name, {"prompt": prompt, "seed": seed} | settings
+            )
             self._rows[number, seed] = (name, prompt, seed)
+
+    def save(self, pixels: Tensor, path: Path, how: dict[str, Any]) -> None:
+        """Write bytes (3, H, W) as a picture that says how it was made."""
+        _save(pixels.permute(1, 2, 0).numpy(), path, how)
+
+    def first(self, path: Path) -> Image.Image:
+        """What the sheet shows of a file."""
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Join the ranks, write the table and the sheet, and say where they are."""
@@ -59,9 +74,10 @@ class RenderReport(Callback):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([("file", "prompt", "seed"), *order])
-        write_text(self.run_dir / TABLE, text.getvalue())
+        table = self.run_dir / f"{self.what}.csv"
+        write_text(table, text.getvalue())
         self._sheet(order)
-        print(f"{len(order)} pictures: {readable(self.run_dir / TABLE)}, {SHEET}")
+        print(f"{len(order)} {self.what}: {readable(table)}, {SHEET}")
 
     def _settings(self, task: Any) -> dict[str, Any]:
         """What a picture depends on besides its prompt and seed."""
@@ -83,13 +99,12 @@ class RenderReport(Callback):
         seeds = len({seed for _, _, seed in rows})
         shown = []
         for name, prompt, seed in rows[: self.most]:
-            with Image.open(self.run_dir / name) as picture:
-                small = picture.convert("RGB")
-                small.thumbnail((2 * tiles.SIDE, 2 * tiles.SIDE))
-                shown.append(tiles.Tile(np.asarray(small), prompt, f"seed {seed}"))
+            small = self.first(self.run_dir / name)
+            small.thumbnail((2 * tiles.SIDE, 2 * tiles.SIDE))
+            shown.append(tiles.Tile(np.asarray(small), prompt, f"seed {seed}"))
         more = f" (first {self.most})" if len(rows) > self.most else ""
         columns = 8 if seeds == 1 else min(8, seeds)
-        tiles.save(tiles.sheet(shown, f"{len(rows)} pictures{more}", columns), self.run_dir / SHEET)
+        tiles.save(tiles.sheet(shown, f"{len(rows)} {self.what}{more}", columns), self.run_dir / SHEET)
 
 
 def _short(prompt: str) -> str:

@@ -39,6 +39,8 @@ def print_summary(facts: RunFacts, run_dir: Path) -> None:
     Console().print(table)
     if facts.adapter_bytes:
         file = readable(run_dir / "adapter.safetensors")
-        rendered = facts.kind == "pictures"
-        rest = f"export {file} --format diffusers" if rendered else f"predict --adapter {file} --images FOLDER"
-        print(f"try it: visadapt {rest}")
+        tries = {
+            "pictures": f"export {file} --format diffusers",
+            "videos": f'predict --adapter {file} --prompts "a prompt"',
+        }
+        print(f"try it: visadapt {tries.get(facts.kind, f'predict --adapter {file} --images FOLDER')}")

@@ -96,7 +96,7 @@ class Measuring:
         self.task, self.options = task, task.measures
         self.real = _held_out(data)
         captions = [data.captions(picture.caption, False) for picture in self.real]
-        self.prompts = self.options.prompts or _spread(list(dict.fromkeys(captions)), CAPTIONS)
+        self.prompts = self.options.prompts or spread(list(dict.fromkeys(captions)), CAPTIONS)
         self.known = {data.captions(picture.caption, False) for picture in data.pictures("train")}
 
     def __call__(self, before: Tensor | None = None, base: bool = False) -> tuple[dict[str, float], Tensor | None]:
@@ -151,7 +151,7 @@ class Measuring:
     def _real(self, network: FeatureNet) -> Tensor:
         """Features of the real pictures, cut in the middle to the size of the renders."""
         features = []
-        for picture in _spread(self.real, PICTURES):
+        for picture in spread(self.real, PICTURES):
             pixels = np.array(ImageOps.fit(picture.read(), self.side))
             features.append(network(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255))
         return torch.cat(features)
@@ -195,14 +195,17 @@ class Measuring:
         }
 
 
-def report(task: TextToImage) -> None:
+def report(task: Any) -> None:
     """Log the figures of a model that is validated or tested on its own, and the base's where adapters make it.
 
     In a fit they are the run's report, once at its end.
+
+    Args:
+        task: Has ``measures``, ``measuring(data)`` and ``what``.
     """
     if task.measures is None or task.trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING):
         return
-    measuring = Measuring(task, task.trainer.datamodule)  # type: ignore[attr-defined]
+    measuring = task.measuring(task.trainer.datamodule)
     features = None
     if task.what == "adapters" and not list(extended(task.model)):
         with strength(task.model, 0.0):
@@ -232,6 +235,6 @@ def _held_out(data: Any) -> Sequence[Any]:
     raise ValueError(f"model.measures: {type(data).__name__} holds no pictures back; set it to null")
 
 
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
+def spread(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many items, evenly from first to last."""
     return [items[i] for i in sorted({int(i) for i in np.linspace(0, len(items) - 1, min(most, len(items)))})]

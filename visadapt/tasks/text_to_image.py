@@ -180,6 +180,10 @@ class TextToImage(DiffusionTask):
 
     on_test_epoch_end = on_validation_epoch_end
 
+    def measuring(self, data: Any) -> ms.Measuring:
+        """What computes the figures that ``measures`` asks for."""
+        return ms.Measuring(self, data)
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Pictures (B, 3, H, W) in 0 … 1 of the captions of a batch, with its seeds or the first one of the preview."""
         captions = batch["captions"] if isinstance(batch, dict) else list(batch)
