@@ -14,19 +14,25 @@ from visadapt.backbones.video_latents import decode_videos, encode_videos
 from visadapt.backbones.video_render import render, render_latents
 from visadapt.backbones.video_text import encode_prompts
 
-STOCK = {"animatediff": "AnimateDiffPipeline", "unet3d": "TextToVideoSDPipeline"}
+STOCK = {
+    "animatediff": "AnimateDiffPipeline",
+    "unet3d": "TextToVideoSDPipeline",
+    "latte": "LattePipeline",
+    "wan": "WanPipeline",
+}
 
 
 def built(family="animatediff", **options):
     return VideoDiffusion(video_base(family), **options).build()
 
 
-def clips(found, prompts, seeds, frames=FRAMES, **options):
-    """Latents (B, F, C, h, w) as the stock pipeline makes them from prompts and generators."""
+def clips(found, prompts, seeds, frames=FRAMES, kind="latent"):
+    """Latents, or pixels, (B, F, C, h, w) as the stock pipeline makes them from prompts and generators."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     name = "video_length" if type(found).__name__ == "LattePipeline" else "num_frames"
-    options |= {name: frames, "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent"}
-    return found(prompts, generator=generators, height=32, width=32, **options).frames.transpose(1, 2)
+    options = {name: frames, "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": kind}
+    made = found(prompts, generator=generators, height=32, width=32, **options).frames
+    return made.transpose(1, 2) if kind == "latent" else made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,27 +45,34 @@ def test_with_adapters_off_it_is_the_stock_pipeline_bit_for_bit(family):
     scheduler = type(source.sampler).from_config(source.sampler.config)
     stock = fresh(**parts, scheduler=scheduler, **({"motion_adapter": None} if family == "animatediff" else {}))
     stock.set_progress_bar_config(disable=True)
-    wanted = clips(stock, ["a red circle"], [1])
+    frames = 5 if family == "wan" else FRAMES
+    wanted = clips(stock, ["a red circle"], [1], frames)
+    pixels = clips(stock, ["a red circle"], [1], frames, "pt")
     model = built(family)
     va.adapt(model, va.LoRA(rank=2), ["spatial", "temporal"])
     for adapter in va.adapters(model).values():
         nn.init.normal_(adapter.up)
     state = torch.get_rng_state()
-    adapted = render_latents(model, ["a red circle"], [1], FRAMES, 2, 5.0, 32)
+    adapted = render_latents(model, ["a red circle"], [1], frames, 2, 5.0, 32)
     with va.strength(model, 0.0):
-        assert torch.equal(render_latents(model, ["a red circle"], [1], FRAMES, 2, 5.0, 32), wanted)
-    assert torch.equal(clips(pipeline(model), ["a red circle"], [1]), adapted)  # on, they act in the stock pipeline
+        assert torch.equal(render_latents(model, ["a red circle"], [1], frames, 2, 5.0, 32), wanted)
+    assert torch.equal(
+        clips(pipeline(model), ["a red circle"], [1], frames), adapted
+    )  # on, they act in the stock pipeline
     assert not torch.allclose(adapted, wanted, atol=1e-3)
+    assert torch.allclose(decode_videos(model, wanted), pixels, atol=1e-5)
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clips_do_not_depend_on_their_company(family):
     model = built(family)
-    both = render(model, ["a", "b c"], [0, 1], steps=1, size=32, frames=FRAMES)
+    how = {"steps": 1, "size": 32, "frames": 5 if family == "wan" else FRAMES}
+    both = render(model, ["a", "b c"], [0, 1], **how)
+    assert both.shape == (2, how["frames"], 3, 32, 32)
     assert both.dtype == torch.float32
     assert 0 <= both.min() <= both.max() <= 1
-    assert torch.allclose(render(model, ["b c"], [1], steps=1, size=32, frames=FRAMES)[0], both[1], atol=1e-4)
+    assert torch.allclose(render(model, ["b c"], [1], **how)[0], both[1], atol=1e-4)
 
 
 def test_sizes_and_frames():

@@ -50,7 +50,7 @@ class AnimateDiff(Family):
             )
         return found
 
-    def stock(self, model: Any, parts: Mapping[str, Any]) -> Any:
+    def stock(self, parts: Mapping[str, Any]) -> Any:
         """The ``AnimateDiffPipeline`` of these parts."""
         from diffusers import AnimateDiffPipeline
 

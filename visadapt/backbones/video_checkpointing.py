@@ -27,8 +27,9 @@ def recompute_layers(network: nn.Module) -> None:
     Names, outputs and gradients stay the same, dropout included; frozen inputs still give gradients.
     """
     for module in network.modules():
-        if type(module).__name__ in _LAYERS:
-            module.__class__ = _recomputing(type(module))
+        kind: Any = type(module)
+        if kind.__name__ in _LAYERS:
+            module.__class__ = _recomputing(kind)
 
 
 @cache

@@ -34,6 +34,7 @@ class VideoModel(nn.Module):
         layout: "sd", for what this model shares with the text-to-image backbone.
         base: Name of the base.
         frames: Usual number of frames of a clip; ``fps`` is their rate per second.
+        settings: What else the stock pipeline is made with.
         split: "modules" where layers see either space or time, "sequential" where every layer sees both.
         zeros_for_empty: Whether "no prompt" is zeros rather than the empty caption; never here.
         attention_slicing: Whether videos are rendered with sliced attention within frames.
@@ -52,6 +53,7 @@ class VideoModel(nn.Module):
             self.add_module(part, getattr(pipeline, part))
         self.tokenizer, self.tokenizer_2 = pipeline.tokenizer, None
         self.scheduler, self.sampler, self.prediction = schedulers(pipeline.scheduler, prediction, zero_snr)
+        self.settings = {name: pipeline.config[name] for name in family.settings}
         self.layout: Literal["sd"] = "sd"
         self.split = family.split
         self.zeros_for_empty = self.attention_slicing = False
@@ -166,8 +168,9 @@ class VideoDiffusion(Backbone):
         """
         pipeline, family = self._load()
         model = VideoModel(pipeline, family, self.name, self.prediction, self.zero_snr)
-        for part in model.children():  # Module.to: diffusers' own advises against itself
-            nn.Module.to(part, getattr(torch, self.base_dtype))
+        dtype = getattr(torch, self.base_dtype)
+        for part in model.children():
+            _cast(part, torch.float32 if part is model.vae and family.exact_vae else dtype)
         if self.channels_last:
             for module in model.modules():
                 if isinstance(module, nn.Conv2d):
@@ -178,6 +181,10 @@ class VideoDiffusion(Backbone):
             family.recompute(model.network)
             model.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.attention_slicing = self.attention_slicing
+        if self.attention_slicing and not model.sliceable():
+            raise ValueError(
+                f"backbone attention_slicing: the attentions of {family.name} have no slices; leave it out"
+            )
         model.frames, model.fps = self.frames or model.frames, self.fps or model.fps
         return model
 
@@ -215,6 +222,14 @@ class VideoDiffusion(Backbone):
             raise ValueError(f"backbone name: '{self.name}' cannot be loaded: {reason}") from error
 
 
+def _cast(part: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a part, but for the modules that its class wants in float32 (Wan's norms and time embedding)."""
+    kept = getattr(part, "_keep_in_fp32_modules", None) or () if "diffusers" in type(part).__module__ else ()
+    for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+
+
 def pipeline(model: VideoModel) -> Any:
     """The stock pipeline made of these very modules: what acts in them, acts in it.
 
@@ -223,6 +238,6 @@ def pipeline(model: VideoModel) -> Any:
     """
     parts = {part: getattr(model, part) for part in model.spec.parts}
     parts |= {"tokenizer": model.tokenizer, "scheduler": type(model.sampler).from_config(model.sampler.config)}
-    made = model.spec.stock(model, parts)
+    made = model.spec.stock(parts | model.settings)
     made.set_progress_bar_config(disable=True)
     return made

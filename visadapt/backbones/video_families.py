@@ -4,15 +4,22 @@
 |---|---|---|---|---|---|---|
 | animatediff | ``UNetMotionModel`` | (B, C, F, h, w) | CLIP, once per frame | epsilon or v | apart | 16 at 8 fps |
 | unet3d | ``UNet3DConditionModel`` | (B, C, F, h, w) | CLIP | epsilon or v | apart | 16 at 8 fps |
+| latte | ``LatteTransformer3DModel`` | (B, C, F, h, w) | T5 with a mask | epsilon, variance | apart | 16 at 8 fps |
+| wan | ``WanTransformer3DModel`` | (B, C, F', h, w) | UMT5, zeros behind | flow | together | 81 at 16 fps |
+
+F' = (F − 1) / 4 + 1: Wan's VAE reduces time too. Latte stands for the factorised transformers rather than Stable Video
+Diffusion, as that takes no text: its batches, its noise (EDM) and its conditions would need another task.
 """
 
 from __future__ import annotations
 
 from visadapt.backbones.video_animatediff import AnimateDiff
 from visadapt.backbones.video_family import Family
+from visadapt.backbones.video_latte import Latte
 from visadapt.backbones.video_unet3d import UNet3D
+from visadapt.backbones.video_wan import Wan
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (AnimateDiff(), UNet3D())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (AnimateDiff(), UNet3D(), Latte(), Wan())}
 
 
 def family_named(name: str) -> Family:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,40 +35,48 @@ class Family(ABC):
         temporal: Pattern of those that look across frames; the same for "sequential".
         second: Whether the second attention of temporal blocks is one over time too.
         clip: Whether the text encoder is CLIP's.
+        settings: Entries of the pipeline's configuration that its stock pipeline has to be made with again.
+        exact_vae: Whether the VAE stays in float32 whatever the base's precision.
         frames_argument: What the stock pipeline calls the number of frames.
         prompts_at_once: Whether the stock pipeline treats each of several prompts as it treats one.
     """
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
-    network: ClassVar[Literal["unet", "transformer"]] = "unet"
+    network: ClassVar[str] = "unet"
     entry: ClassVar[str] = "conv_in"
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     frames: ClassVar[int] = 16
     fps: ClassVar[float] = 8.0
-    split: ClassVar[Literal["modules", "sequential"]] = "modules"
+    split: ClassVar[str] = "modules"
     spatial: ClassVar[str]
     temporal: ClassVar[str]
     second: ClassVar[bool] = True
     clip: ClassVar[bool] = True
+    settings: ClassVar[tuple[str, ...]] = ()
+    exact_vae: ClassVar[bool] = False
     frames_argument: ClassVar[str] = "num_frames"
     prompts_at_once: ClassVar[bool] = True
 
     @abstractmethod
-    def load(self, place: str, motion_adapter: str | None, **options: Any) -> Any:
-        """The stock pipeline from a folder or hub id.
-
-        Raises:
-            ValueError: It cannot be sampled from text alone.
-        """
-
-    @abstractmethod
-    def stock(self, model: Any, parts: Mapping[str, Any]) -> Any:
-        """The stock pipeline made of ``parts``: networks, tokenizer and scheduler by their names there."""
+    def stock(self, parts: Mapping[str, Any]) -> Any:
+        """The stock pipeline made of ``parts``: networks, tokenizer, scheduler and settings by their names there."""
 
     @abstractmethod
     def predict(self, network: Any, noisy: Tensor, times: Tensor, text: Mapping[str, Tensor]) -> Tensor:
         """The network's prediction (B, C, F, h, w) of noisy latents of that shape."""
+
+    def load(self, place: str, motion_adapter: str | None, **options: Any) -> Any:
+        """The stock pipeline from a folder or hub id.
+
+        Raises:
+            ValueError: A motion adapter where none can be, or what cannot be sampled from text alone.
+        """
+        from diffusers import DiffusionPipeline
+
+        if motion_adapter is not None:
+            raise ValueError(f"`motion_adapter` is for animatediff; {self.name} has its own layers over time")
+        return DiffusionPipeline.from_pretrained(place, **options)
 
     def recompute(self, network: Any) -> None:
         """Turn gradient checkpointing on."""
@@ -145,8 +153,12 @@ class Family(ABC):
         """Videos (B, F, 3, H, W) in 0 … 1 of scaled latents; picture by picture, unless overridden."""
         return decode_latents(model, latents.flatten(0, 1), chunk).unflatten(0, latents.shape[:2])
 
-    def latent_frames(self, frames: int) -> int:
-        """Latent frames of a clip of so many frames."""
+    def latent_frames(self, model: Any, frames: int) -> int:
+        """Latent frames of a clip of so many frames.
+
+        Raises:
+            ValueError: The VAE has no whole number of them.
+        """
         return frames
 
 

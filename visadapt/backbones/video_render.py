@@ -110,7 +110,13 @@ def render_latents(
 def _fresh(model: VideoModel, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Noise (1, F', C, h, w), drawn in the order in which the stock pipelines draw theirs."""
     factor = model.spec.reduction(model)
-    shape = (1, model.network.config.in_channels, model.spec.latent_frames(frames), height // factor, width // factor)
+    shape = (
+        1,
+        model.network.config.in_channels,
+        model.spec.latent_frames(model, frames),
+        height // factor,
+        width // factor,
+    )
     return torch.randn(shape, generator=generator).transpose(1, 2).to(model.device)
 
 

@@ -25,15 +25,7 @@ class UNet3D(Family):
     spatial = r".*\.attentions\.\d+\.transformer_blocks\.\d+"
     temporal = rf"{_ACROSS}\.transformer_blocks\.\d+"
 
-    def load(self, place: str, motion_adapter: str | None, **options: Any) -> Any:
-        """The pipeline."""
-        from diffusers import DiffusionPipeline
-
-        if motion_adapter is not None:
-            raise ValueError("`motion_adapter` is for AnimateDiff; this network has its own layers over time")
-        return DiffusionPipeline.from_pretrained(place, **options)
-
-    def stock(self, model: Any, parts: Mapping[str, Any]) -> Any:
+    def stock(self, parts: Mapping[str, Any]) -> Any:
         """The ``TextToVideoSDPipeline`` of these parts."""
         from diffusers import TextToVideoSDPipeline
 
