@@ -86,15 +86,15 @@ def use_prompts(config: Namespace) -> None:
     for prompt in config.get("prompts") or ():
         if prompt.lower().endswith(".txt") and not Path(prompt).is_file():
             raise UserError("--prompts", f"there is no file '{prompt}'", nearby(prompt))
+    if videos and any(config.get(option) is not None for option in BEGINNINGS):
+        preview["image"] = preview["clip"] = None  # it takes the place of the configuration's
     for option in (*PREVIEW, *OF_VIDEOS):
         if config.get(option) is None:
             continue
         if option in OF_VIDEOS and not videos:
             raise UserError(f"--{option}", "only a text-to-video model takes this", "leave it out")
-        if option in BEGINNINGS:
-            if not Path(config[option]).exists():
-                raise UserError(f"--{option}", f"there is no file '{config[option]}'", nearby(config[option]))
-            preview |= dict.fromkeys(BEGINNINGS)  # it takes the place of the configuration's
+        if option in BEGINNINGS and not Path(config[option]).exists():
+            raise UserError(f"--{option}", f"there is no file '{config[option]}'", nearby(config[option]))
         preview[option] = config[option]
     chosen: dict[str, Any] = {"prompts": None, "source": None, "seeds": config.get("seeds")}
     chosen["batch_size"] = config.get("batch_size") or BATCH

@@ -134,7 +134,7 @@ def _targets(names: list[str]) -> str:
         flat = re.sub(r"^(base_model\.model|lycoris)[._]", "", layer).replace(".", "_")
         part = re.match(r"(lora_unet|lora_te[12]?|unet|transformer|text_encoder_2|text_encoder)_", flat)
         leaf = _LEAF.search(flat)
-        named = [part[1]] * bool(part) + ["motion modules"] * bool(_MOTION.search(layer))
+        named = ([part[1]] if part else []) + ["motion modules"] * bool(_MOTION.search(layer))
         group = groups.setdefault(", ".join(named), Counter())
         group[leaf[1] if leaf else re.sub(r"\d+", "*", flat[part.end() if part else 0 :])] += 1
     told = (f"{part}: " * bool(part) + ", ".join(f"{leaf} ×{n}" for leaf, n in g.items()) for part, g in groups.items())

@@ -131,7 +131,7 @@ def certify(
     files = written_files(path, format)
     written, layers, updates = _content(files)
     matched = written.total() if loaded is None else (written & loaded).total()
-    held = {"sha256": _hash(files), "tensors": written.total(), "matched": matched, "layers": layers}
+    held: dict[str, Any] = {"sha256": _hash(files), "tensors": written.total(), "matched": matched, "layers": layers}
     held |= {"updates": updates, **_deviations(rendered(model.eval(), settings), rendered(other, settings), plain)}
     return Certificate(
         path.name, format, loader, **held, tolerance=tolerance, renders=settings, versions=_versions()
