@@ -69,3 +69,12 @@ def null_text(model: Any) -> dict[str, Tensor]:
     """
     found = encode_prompts(model, [""])
     return {key: torch.zeros_like(value) for key, value in found.items()} if model.zeros_for_empty else found
+
+
+def recompute_text(encoder: Any) -> None:
+    """Turn gradient checkpointing of a text encoder on; non-reentrant, so frozen inputs still give gradients."""
+    how = {"use_reentrant": False}
+    if hasattr(encoder, "activation_checkpointing_enable"):  # its name from transformers 5 on
+        encoder.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)

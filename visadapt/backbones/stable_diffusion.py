@@ -14,6 +14,7 @@ from visadapt.backbones.sd_layout import TINY, Layout, check_kind, layout_of, pr
 from visadapt.backbones.sd_lean import lean_unet
 from visadapt.backbones.sd_notices import no_progress_bars
 from visadapt.backbones.sd_schedule import Prediction, schedulers
+from visadapt.backbones.sd_text import recompute_text
 
 MISSING = "Stable Diffusion needs diffusers and transformers: pip install 'visadapt[diffusion]'"
 
@@ -148,7 +149,7 @@ class StableDiffusion(Backbone):
             model.unet.enable_gradient_checkpointing()  # non-reentrant: frozen inputs still give gradients
             for name, part in model.named_children():
                 if name.startswith("text_encoder"):
-                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                    recompute_text(part)
         model.attention_slicing = self.attention_slicing
         return model
 

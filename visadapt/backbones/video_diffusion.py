@@ -14,6 +14,7 @@ from visadapt.backbones.sd_layout import TINY, text_presets, weights_place
 from visadapt.backbones.sd_lean import lean_unet
 from visadapt.backbones.sd_notices import no_progress_bars
 from visadapt.backbones.sd_schedule import Prediction, schedulers
+from visadapt.backbones.sd_text import recompute_text
 from visadapt.backbones.stable_diffusion import MISSING, to_signed
 from visadapt.backbones.video_animatediff import TINY_MOTION
 from visadapt.backbones.video_families import family_named, family_of
@@ -179,7 +180,7 @@ class VideoDiffusion(Backbone):
             lean_unet(model.network)
         if self.grad_checkpointing:
             family.recompute(model.network)
-            model.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_text(model.text_encoder)
         model.attention_slicing = self.attention_slicing
         if self.attention_slicing and not model.sliceable():
             raise ValueError(
