@@ -100,7 +100,7 @@ def fit(task: Classification, module: Digits, lr: float, steps: int) -> float:
     while step < steps:
         loader.batch_sampler.set_epoch(epoch)
         for images, labels in loader:
-            before_step(task.model, step)
+            before_step(task.model, step, steps)
             loss = task.criterion(model(images), labels) + va.penalty(task.model)
             optimizer.zero_grad()
             loss.backward()

@@ -15,8 +15,8 @@ class Recorder(va.LoRA):
         super().build(layer)
         self.calls = []
 
-    def before_step(self, step):
-        self.calls.append(("before", step))
+    def before_step(self, step, total):
+        self.calls.append(("before", (step, total)))
 
     def after_backward(self):
         self.calls.append(("gradient", self.up.grad is not None))
@@ -31,7 +31,7 @@ def test_hooks_once_per_optimiser_step(tmp_path, accumulate):
     train(tmp_path, task=task, accumulate_grad_batches=accumulate, max_epochs=1)
     steps = task.trainer.global_step
     assert steps == (9 if accumulate == 1 else 5)
-    expected = [c for i in range(steps) for c in (("before", i), ("gradient", True), ("after", None))]
+    expected = [c for i in range(steps) for c in (("before", (i, steps)), ("gradient", True), ("after", None))]
     for adapter in va.adapters(task).values():
         assert adapter.calls == expected
 

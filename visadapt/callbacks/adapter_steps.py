@@ -14,7 +14,7 @@ class AdapterSteps(L.Callback):
     """``before_step``, ``after_backward`` and ``after_step``, once per optimiser step.
 
     With accumulation several batches make one step: ``before_step`` runs before the first of them,
-    ``after_step`` once ``global_step`` has changed.
+    ``after_step`` once ``global_step`` has changed. Which step of how many it is says ``step_now`` of the task.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,8 @@ class AdapterSteps(L.Callback):
         """Announce a step before its first batch."""
         if self._announced != trainer.global_step:
             self._announced = trainer.global_step
-            before_step(pl_module, trainer.global_step)
+            counted = getattr(pl_module, "step_now", None)
+            before_step(pl_module, *((trainer.global_step, None) if counted is None else counted()))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """All gradients are there (averaged over the processes), clipping is still to come."""

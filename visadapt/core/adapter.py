@@ -87,8 +87,8 @@ class Adapter(nn.Module):
         """Why the adapted site has no plain weight; None if it has one."""
         return None
 
-    def before_step(self, step: int) -> None:
-        """Called before the forward passes of an optimiser step (step counts from 0)."""
+    def before_step(self, step: int, total: int | None) -> None:
+        """Called before the forward passes of an optimiser step (from 0) of so many; None where the end is not known."""
 
     def after_backward(self) -> None:
         """Called when all gradients of a step are there, before the optimiser uses them."""

@@ -289,7 +289,7 @@ def _train(model: nn.Module, x: Tensor, steps: int, lr: float, optimizer: type[t
     steps_of = optimizer(parameter_groups(model, lr, 0.1))  # type: ignore[call-arg]
     losses = []
     for step in range(steps):
-        before_step(model, step)
+        before_step(model, step, steps)
         loss = (model(x) - target).square().mean() + penalty(model)
         steps_of.zero_grad()
         loss.backward()

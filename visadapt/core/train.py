@@ -13,10 +13,10 @@ from visadapt.core.adapter import Adapter
 from visadapt.core.model import adapters
 
 
-def before_step(model: nn.Module, step: int) -> None:
-    """Before the forward passes of optimiser step `step` (from 0)."""
+def before_step(model: nn.Module, step: int, total: int | None = None) -> None:
+    """Before the forward passes of optimiser step `step` (from 0) of `total`; None where the end is not known."""
     for adapter in _with_hook(model, "before_step"):
-        adapter.before_step(step)
+        adapter.before_step(step, total)
 
 
 def after_backward(model: nn.Module) -> None:

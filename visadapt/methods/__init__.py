@@ -14,6 +14,10 @@ from visadapt.methods.hydra import Hydra as Hydra
 from visadapt.methods.ssf import SSF as SSF
 from visadapt.methods.b4m import B4M as B4M
 from visadapt.methods.sd_lora import SDLoRA as SDLoRA
+from visadapt.methods.o_lora import OLoRA as OLoRA
+from visadapt.methods.n_lora import NLoRA as NLoRA
+from visadapt.methods.c_lora import CLoRA as CLoRA
+from visadapt.methods.codyra import CoDyRA as CoDyRA
 
 METHODS: dict[str, type[_Adapter]] = {
     name: found for name, found in list(globals().items()) if isinstance(found, type) and name[0] != "_"

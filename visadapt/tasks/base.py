@@ -73,6 +73,7 @@ class BaseTask(L.LightningModule):
         self.rates = dict(rates or {})
         self.start = start
         self._start_error: Exception | None = None
+        self._total: int | None = None  # optimiser steps, known once there is an optimiser
         self.base: dict[str, str] = {}
         self.model: nn.Module = None  # type: ignore[assignment]  # made by configure_model
 
@@ -204,6 +205,10 @@ class BaseTask(L.LightningModule):
             self.log_dict(metrics, batch_size=size)
 
     # --- optimiser ---------------------------------------------------------------------
+    def step_now(self) -> tuple[int, int | None]:
+        """The optimiser step under way, from 0, and how many there will be, as adapters' hooks count them."""
+        return self.trainer.global_step, self._total
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One group per (decay, learning rate); small tensors are stepped as one (see ``optim.flat``)."""
         if not self.trainer.strategy.restore_checkpoint_after_setup:
@@ -214,14 +219,13 @@ class BaseTask(L.LightningModule):
         flatten(optimizer)
         self._configured = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         total = total_steps(self.trainer)
-        if total is None:
-            if self.schedule.shape != "constant":
-                raise ValueError(
-                    f"the {self.schedule.shape} schedule needs an end: set trainer.max_epochs or "
-                    "trainer.max_steps, or model.schedule.shape to constant"
-                )
-            total = 1
-        scheduler = self.schedule.scheduler(optimizer, total)
+        if total is None and self.schedule.shape != "constant":
+            raise ValueError(
+                f"the {self.schedule.shape} schedule needs an end: set trainer.max_epochs or trainer.max_steps, or "
+                "model.schedule.shape to constant"
+            )
+        self._total = total
+        scheduler = self.schedule.scheduler(optimizer, total or 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def groups(self, lr: float, decay: float) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class ClassIncremental(BaseTask):
         self.backbone, self.num_classes, self.task_classes = backbone, num_classes, task_classes
         self.what, self.head, self.local, self.oracle = train, head, local, oracle
         self.label_smoothing, self.seed = label_smoothing, seed
-        self.task = 0
+        self.task, self._begun = 0, 0
         self.matrix = torch.full((len(task_classes), len(task_classes)), math.nan)
         self.sizes = self.matrix.clone()
 
@@ -158,8 +158,13 @@ class ClassIncremental(BaseTask):
         steps = steps_per_epoch(self.trainer)
         if steps is None:
             raise ValueError("data: a task needs a length, so that its schedule has an end; use TaskSequence")
-        found["lr_scheduler"]["scheduler"] = self.schedule.scheduler(found["optimizer"], steps * self.epochs_per_task)
+        self._total = steps * self.epochs_per_task
+        found["lr_scheduler"]["scheduler"] = self.schedule.scheduler(found["optimizer"], self._total)
         return found
+
+    def step_now(self) -> tuple[int, int | None]:
+        """Steps within the task under way."""
+        return self.trainer.global_step - self._begun, self._total
 
     def on_train_epoch_start(self) -> None:
         """Begin the next task where its first epoch does."""
@@ -167,7 +172,7 @@ class ClassIncremental(BaseTask):
             with torch.random.fork_rng():
                 torch.manual_seed(mixed_seed(self.seed, self.task, 3))  # the same in every process
                 next_task(self.model)
-            self.task += 1
+            self.task, self._begun = self.task + 1, self.trainer.global_step
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     # --- steps -----------------------------------------------------------------------------
@@ -258,7 +263,12 @@ class ClassIncremental(BaseTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As every task; also which task is under way, and the matrix."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["sequence"] = {"task": self.task, "matrix": self.matrix.clone(), "sizes": self.sizes.clone()}
+        checkpoint["sequence"] = {
+            "task": self.task,
+            "begun": self._begun,
+            "matrix": self.matrix.clone(),
+            "sizes": self.sizes.clone(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As every task; adapters are told how many tasks are done.
@@ -270,6 +280,7 @@ class ClassIncremental(BaseTask):
         held = checkpoint.get("sequence")
         if held is None or held["matrix"].shape != self.matrix.shape:
             raise ValueError("the checkpoint is of another sequence of tasks; use the config.yaml of its run")
-        self.task, self.matrix, self.sizes = held["task"], held["matrix"].clone(), held["sizes"].clone()
+        self.task, self._begun = held["task"], held["begun"]
+        self.matrix, self.sizes = held["matrix"].clone(), held["sizes"].clone()
         for stack in self._stacks():
             stack.done = self.task
