@@ -56,7 +56,8 @@ def render(
         (B, F, 3, H, W) in 0 … 1, float32, on the CPU.
 
     Raises:
-        ValueError: Not one seed per prompt, both noise and image, or noise and image of another shape.
+        ValueError: Not one seed per prompt, more frames than the network has positions for, both noise and image, or
+            noise and image of another shape.
     """
     start = {"noise": noise, "image": image, "share": share}
     latents = render_latents(model, prompts, seeds, frames, steps, guidance, size, negative, chunk, **start)
@@ -81,6 +82,9 @@ def render_latents(
         raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds: give each its own")
     height, width = _sides(model, size)
     frames = frames or model.frames
+    limit = model.spec.most_frames(model.network)
+    if limit is not None and model.spec.latent_frames(frames) > limit:  # the pipelines fail somewhere in the network
+        raise ValueError(f"frames: {frames}, but '{model.base}' has positions for {limit}; take fewer")
     chunk = chunk if model.spec.prompts_at_once else 1
     stock, found = pipeline(model), []
     with _sliced(model), without_notices():
