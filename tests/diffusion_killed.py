@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,8 @@ def run(folder: Path, base: str, case: str, *callbacks, resume: Path | None = No
     return va.save(made.model, folder / "adapter.safetensors", extra=made.adapter_metadata())
 
 
-def main() -> None:
-    """One process for each case: importing diffusers takes longer than their training."""
+def kill_all(run: Callable[..., Path]) -> None:
+    """``run`` the cases of the command line in a process each: importing diffusers takes longer than their training."""
     torch.set_num_threads(1)
     folder, base, *cases = sys.argv[1:]
     for case in cases:
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    kill_all(run)

@@ -5,36 +5,19 @@ import json
 
 import lightning as L
 import pytest
-import torch
-from safetensors.torch import save
 
 from tests.diffusion_training import task, train
+from tests.tiny_judge import random_judge  # noqa: F401 - a fixture
 from visadapt.backbones.sd_tokens import NewToken
 from visadapt.data.captioned_scenes import Scenes
-from visadapt.data.scenes import BACKGROUNDS, COLOURS, SHAPES
-from visadapt.metrics import adherence
 from visadapt.metrics.features import Extractor
 from visadapt.report.run import RunReport
 from visadapt.tasks.diffusion_options import Preview
 from visadapt.tasks.measures import Measures, Measuring, key
 from visadapt.tasks.text_to_image import TextToImage
 
+pytestmark = pytest.mark.usefixtures("random_judge")
 FEW = Measures(["a sks shape on bricks"], ["a red star on bricks"], 2, ["subject", "background"])
-
-
-@pytest.fixture(autouse=True)
-def judge(tmp_path, monkeypatch):
-    """A judge of random weights in files as the shipped one's."""
-    torch.manual_seed(0)
-    classes, widths = {"shape": [*SHAPES], "colour": [*COLOURS], "background": [*BACKGROUNDS]}, [8, 8, 8, 8]
-    network = adherence.Judge([len(names) for names in classes.values()], widths)
-    file = tmp_path / "judge.safetensors"
-    file.write_bytes(save(network.state_dict()))
-    file.with_suffix(".json").write_text(json.dumps({"classes": classes, "widths": widths}))
-    monkeypatch.setattr(adherence, "FILE", file)
-    adherence.judge.cache_clear()
-    yield
-    adherence.judge.cache_clear()
 
 
 def scenes(**options):

@@ -23,10 +23,13 @@ from visadapt.core.train import penalty
 from visadapt.losses import video as vd
 from visadapt.losses.diffusion import per_sample
 from visadapt.optim.schedule import Schedule, total_steps
+from visadapt.tasks import video_passes as vp
 from visadapt.tasks.base import DEFAULT_SCHEDULE
 from visadapt.tasks.diffusion import DiffusionTask, Drawn
 from visadapt.tasks.diffusion_options import ClipPreview, Noise, Paths, Robust
-from visadapt.tasks.video_passes import APPEARANCE, Pass, Sets, Step, backward, check_names, is_spatial, plan
+from visadapt.tasks.measures import report
+from visadapt.tasks.video_measures import ClipMeasures, ClipMeasuring
+from visadapt.tasks.video_passes import APPEARANCE, Pass, Sets, Step, is_spatial
 from visadapt.tasks.video_start import beginning
 
 if TYPE_CHECKING:
@@ -40,16 +43,15 @@ class TextToVideo(DiffusionTask):
 
     The set `spatial` learns a random frame of each clip while `temporal` is off. `temporal` learns the clip, by the
     plain and the appearance-debiased loss, while `spatial` is there but gets no gradient: what it explains, the motion
-    need not. Afterwards `temporal` alone is the motion, to be played on any prompt. Both may be of any method; their
-    targets are the presets ``spatial`` and ``temporal`` of the backbone, or any others.
+    need not. Afterwards `temporal` alone is the motion, to be played on any prompt. Both may be of any method and have
+    any targets, such as the presets ``spatial`` and ``temporal`` of the backbone.
 
     A batch is a dict: ``videos`` (B, F, 3, H, W) in -1 … 1 or scaled ``latents`` (B, F, C, h, w), or pictures without
     the dimension of frames; ``captions`` and perhaps ``text``; perhaps ``frame_captions``, of single frames, with
     ``frame_text``; with ``clips`` also ``clip`` (B,), the number of the source.
 
-    Differs from the official code: gradients of both losses are computed before either set is stepped (there the
-    spatial set is stepped between them), frames have captions of their own where the data know any, and each clip of
-    a batch has a frame and an anchor of its own.
+    Differs from the official code: both gradients are computed before either set is stepped, frames have captions of
+    their own where the data know any, and each clip of a batch has a frame and an anchor of its own.
 
     Args:
         backbone: Recipe of the video network.
@@ -62,6 +64,7 @@ class TextToVideo(DiffusionTask):
         noise: Noise and times of training.
         loss: The loss of an error.
         preview: Videos of a run.
+        measures: Figures of rendered clips at the end of a run, beside the base's; null is off.
         caption_dropout: Share of clips that train without caption, for classifier-free guidance.
         val_times: Times at which the validation loss looks at each clip.
         seed: Source of times, noise, frames and dropped captions.
@@ -86,6 +89,7 @@ class TextToVideo(DiffusionTask):
         noise: Noise = DEFAULT_NOISE,
         loss: Robust = DEFAULT_LOSS,
         preview: ClipPreview = DEFAULT_PREVIEW,
+        measures: ClipMeasures | None = None,
         caption_dropout: float = 0.0,
         val_times: int = 4,
         seed: int = 0,
@@ -106,7 +110,8 @@ class TextToVideo(DiffusionTask):
             raise ValueError("model.train: all trains appearance and motion together; set model.paths.mode: single")
         self.paths, self.clips, self.what = paths, clips, train
         self.preview: ClipPreview = preview
-        check_names({adaptation.name for adaptation in self.adaptations}, paths, train)
+        self.measures = measures
+        vp.check_names({adaptation.name for adaptation in self.adaptations}, paths, train)
         if clips > 1:
             self._multiply()
         self._names = list(dict.fromkeys(adaptation.name for adaptation in self.adaptations))
@@ -165,9 +170,9 @@ class TextToVideo(DiffusionTask):
 
     def encoded(self, samples: Tensor) -> Tensor:
         """Scaled latents (B, F, C, h, w) of videos in -1 … 1, (B, C, h, w) of pictures."""
-        if samples.dim() == 5:
-            return encode_videos(self.model, samples)
-        return encode_videos(self.model, samples[:, None])[:, 0]
+        if samples.dim() == 4:
+            return self.encoded(samples[:, None])[:, 0]
+        return encode_videos(self.model, samples)
 
     def latent_settings(self) -> tuple[object, ...]:
         """Family and scaling of the latents."""
@@ -207,7 +212,7 @@ class TextToVideo(DiffusionTask):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradients of all losses of a step, each with its own sets; the optimiser steps after the last."""
-        backward(loss, self._passes, self._sets)
+        vp.backward(loss, self._passes, self._sets)
         self._passes = []
 
     def _losses(self, batch: dict[str, Any], latents: Tensor, generator: torch.Generator) -> Iterator[Pass]:
@@ -216,13 +221,12 @@ class TextToVideo(DiffusionTask):
         count, frames = latents.shape[:2]
         frame, anchor = torch.randint(frames, (2, count), generator=generator)
         skipped = bool(torch.rand((), generator=generator) < self.paths.skip) and frames > 1
-        everything = Step(batch, latents, drawn, keep, frame, anchor)
-        mode = self._mode
+        everything, mode = Step(batch, latents, drawn, keep, frame, anchor), self._mode
         if mode == "sequential":
             mode = "spatial" if self.global_step < self._switch else "second"
         for own, rows in self._sources(batch, count):
             step = everything.rows(rows)
-            for kind, acting, learning in plan(mode, own, self._sets.names, frames, skipped):
+            for kind, acting, learning in vp.plan(mode, own, self._sets.names, frames, skipped):
                 with self._sets.only(acting, learning):
                     losses = self._of_frames(step) if kind == "appearance" else self._of_clips(step)
                 yield Pass(losses.sum() / count, acting, learning, kind)
@@ -264,20 +268,12 @@ class TextToVideo(DiffusionTask):
 
     @property
     def _mode(self) -> str:
-        split = {"modules": "dual", "sequential": "sequential"}
-        return self.paths.mode or split[self._diffusion.split]
+        return self.paths.mode or ("dual" if self._diffusion.split == "modules" else "sequential")
 
     # --- the optimiser -----------------------------------------------------------------
     def groups(self, lr: float, decay: float) -> list[dict[str, Any]]:
         """Groups of one set each: a set that rests in a step must not be counted as stepped."""
-        found = []
-        owner = {id(p): adapter.name for adapter in adapters(self.model).values() for p in adapter.parameters()}
-        for group in super().groups(lr, decay):
-            by_set: dict[str, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                by_set.setdefault(owner.get(id(parameter), ""), []).append(parameter)
-            found += [group | {"params": parameters} for parameters in by_set.values()]
-        return found
+        return vp.one_set_each(self.model, super().groups(lr, decay))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """As every task; a sequence of two needs to know where its middle is."""
@@ -326,6 +322,18 @@ class TextToVideo(DiffusionTask):
         with strength(self.model):
             self.use()
             return super().fixed_losses(batch, index)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report what ``measures`` asks for, unless this is the validation of a fit."""
+        with strength(self.model):
+            self.use()
+            report(self)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def measuring(self, data: Any) -> ClipMeasuring:
+        """What computes the figures that ``measures`` asks for."""
+        return ClipMeasuring(self, data)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Videos (B, F, 3, H, W) in 0 … 1 of the captions of a batch, with its seeds or the preview's first."""

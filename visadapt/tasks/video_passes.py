@@ -70,6 +70,18 @@ class Sets:
                 parameter.requires_grad_(True)
 
 
+def one_set_each(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Optimiser groups of which each holds tensors of one set of adapters, or of none."""
+    owner = {id(p): adapter.name for adapter in adapters(model).values() for p in adapter.parameters()}
+    found = []
+    for group in groups:
+        by_set: dict[str, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            by_set.setdefault(owner.get(id(parameter), ""), []).append(parameter)
+        found += [group | {"params": parameters} for parameters in by_set.values()]
+    return found
+
+
 def plan(mode: str, own: str, names: frozenset[str], frames: int, skipped: bool) -> list[Planned]:
     """What is computed of clips in a step: kind of loss, the sets that act, and those that learn.
 
