@@ -272,7 +272,13 @@ def test_a_pipeline_folder_with_motion_modules_inside(tmp_path):
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "AnimateDiffPipeline"
     again = VideoDiffusion(str(tmp_path)).build()
     x, times = noisy(model, clips=1)
-    assert torch.equal(again(x, times, null_text(again)), model(x, times, null_text(model)))
+    wanted = model(x, times, null_text(model))
+    assert torch.equal(again(x, times, null_text(again)), wanted)
+    for _, parameter in model.temporal_parameters():
+        nn.init.constant_(parameter, 0.1)
+    pipeline(model).save_pretrained(tmp_path)
+    other = VideoDiffusion(str(tmp_path), motion_adapter=f"{video_base()}/motion_adapter").build()
+    assert torch.equal(other(x, times, null_text(other)), wanted)
 
 
 def test_what_is_no_video_base_is_refused(tmp_path):

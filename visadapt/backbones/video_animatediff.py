@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,10 @@ class AnimateDiff(Family):
 
     def load(self, place: str, motion_adapter: str | None, **options: Any) -> Any:
         """The pipeline, with the motion adapter on its UNet."""
-        from diffusers import AnimateDiffPipeline
+        from diffusers import AnimateDiffPipeline, DiffusionPipeline
 
-        index = Path(place) / "model_index.json"
-        if motion_adapter is None and index.is_file() and _has_motion(json.loads(index.read_text())):
+        index = DiffusionPipeline.load_config(place, revision=options.get("revision"))
+        if motion_adapter is None and "UNetMotionModel" in index.get("unet", ()):
             # The UNet has the motion modules; a second copy beside it is of no use.
             found = AnimateDiffPipeline.from_pretrained(place, motion_adapter=None, **options)
         else:
@@ -79,21 +78,21 @@ class AnimateDiff(Family):
         return {"temporal.proj": [rf"re:unet\.{_MOTION}\.proj_(?:in|out)"]}
 
 
-def _has_motion(index: Mapping[str, Any]) -> bool:
-    return "UNetMotionModel" in (index.get("unet") or ())
-
-
 def _grafted(place: str, motion_adapter: str | None, options: Mapping[str, Any]) -> Any:
     """The pipeline of a Stable Diffusion and a motion adapter."""
     from diffusers import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, UNetMotionModel
 
-    motion = motion_adapter or f"{place}/motion_adapter"
-    if motion_adapter is None and not Path(motion).is_dir():
+    folder = Path(place) / "motion_adapter"
+    if motion_adapter is None and folder.parent.is_dir() and not folder.is_dir():
         raise ValueError(
             "it is a Stable Diffusion without motion modules; give `motion_adapter`, a folder or hub id of one"
         )
-    base = DiffusionPipeline.from_pretrained(place, **(_NO_EXTRAS | dict(options)))
-    adapter = MotionAdapter.from_pretrained(motion)
+    base: Any = DiffusionPipeline.from_pretrained(place, **(_NO_EXTRAS | dict(options)))
+    where = {"subfolder": "motion_adapter"} if motion_adapter is None else {}
+    adapter = MotionAdapter.from_pretrained(motion_adapter or place, **where)
+    if hasattr(base.unet, "load_motion_modules"):
+        base.unet.load_motion_modules(adapter)
+        return base
     with without_notices():  # it advises against a conversion of its own
         unet = UNetMotionModel.from_unet2d(base.unet, adapter)
     return AnimateDiffPipeline(
