@@ -83,7 +83,7 @@ def render_latents(
     height, width = _sides(model, size)
     frames = frames or model.frames
     limit = model.spec.most_frames(model.network)
-    if limit is not None and model.spec.latent_frames(frames) > limit:  # the pipelines fail somewhere in the network
+    if limit is not None and model.spec.latent_frames(model, frames) > limit:
         raise ValueError(f"frames: {frames}, but '{model.base}' has positions for {limit}; take fewer")
     chunk = chunk if model.spec.prompts_at_once else 1
     stock, found = pipeline(model), []
