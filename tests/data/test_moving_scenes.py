@@ -58,7 +58,7 @@ def test_latents_are_kept(tmp_path):
     (batch, _), (kept, _) = first.seen[0], again.seen[0]
     assert batch["latents"].shape == (2, 3, 4, 4, 4)
     assert torch.equal(batch["latents"], kept["latents"])
-    assert batch["text"]["embeddings"].shape == (2, 1, 2)
+    assert batch["text"]["embeddings"].shape == batch["frame_text"]["embeddings"].shape == (2, 1, 2)
     plain = fit(tmp_path, MovingScenes(**(options | {"cache": None})), epochs=2, task=ClipTask())
     for (one, loss), (other, same) in zip(first.seen, plain.seen, strict=True):
         assert one["captions"] == other["captions"]

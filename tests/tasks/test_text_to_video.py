@@ -142,6 +142,16 @@ def test_pictures_teach_appearance_alone():
     assert not any(".temporal." in name for name in gradients)
 
 
+def test_kept_latents_and_texts_give_the_losses_of_videos_and_captions():
+    found, given = made(paths=ALWAYS, caption_dropout=0.5), batch(3, latents=False)
+    frames = {"captions": given["frame_captions"]}
+    kept = given | {"text": found.conditions(given), "frame_text": found.conditions(frames)}
+    kept["latents"] = found.latents({"videos": kept.pop("videos")})
+    for (kind, value), (again, wanted) in zip(step(found, kept)[0], step(found, given)[0], strict=True):
+        assert kind == again
+        assert value == pytest.approx(wanted, rel=1e-5)
+
+
 # --- options -----------------------------------------------------------------------------
 def test_options_change_the_losses():
     given = batch(2)

@@ -19,8 +19,8 @@ class ClipData(CaptionedData):
     the clips show, and what single frames of them show; ``clip`` long (B,), the number of the source; ``sizes`` long
     (B, 6) as for pictures. All frames of a batch have one size.
 
-    With ``cache``, a batch has ``latents`` (B, F, C, h, w) instead of ``videos``, and ``text`` besides; the rest is
-    as in `CaptionedData`, whose arguments these are.
+    With ``cache``, a batch has ``latents`` (B, F, C, h, w) instead of ``videos``, and ``text`` and ``frame_text``
+    besides; the rest is as in `CaptionedData`, whose arguments these are.
     """
 
     def clips(self, stage: Stage) -> Sequence[Clip]:
@@ -50,3 +50,10 @@ class ClipData(CaptionedData):
             batch["videos"] = batch.pop("images")
         batch["clip"] = torch.tensor([sample["clip"] for sample in samples])
         return batch | {"frame_captions": [sample["frame_caption"] for sample in samples]}
+
+    def encoded(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Put latents and text of the cache into a batch, also that of single frames."""
+        batch, encodings = super().encoded(batch), self.encodings()
+        if encodings is None or "text" not in batch:
+            return batch
+        return batch | {"frame_text": encodings.text(batch["frame_captions"], batch["sizes"].device)}
