@@ -17,6 +17,8 @@ from visadapt.cli.main import main
 SPATIAL = r"re:unet\.\w+_blocks?\.\d*\.?attentions.*attn1\.to_q"
 TEMPORAL = r"re:unet\..*(?:motion_modules|temp_attentions).*attn[12]\.to_(?:q|out\.0)"
 FEW = {"spatial": [SPATIAL], "temporal": [TEMPORAL]}
+WAN = {"spatial": [r"re:.*blocks\.0\.attn1\.to_q"], "temporal": [r"re:.*blocks\.\d\.(?:attn1\.to_v|ffn\.net\.2)"]}
+LATTE = {"temporal": ["temporal.ff"]}
 
 
 @pytest.fixture
@@ -47,6 +49,19 @@ def certificate(path):
     return found
 
 
+@pytest.mark.slow
+def test_a_file_for_wan_is_loaded_by_its_stock_pipeline(saved, here):
+    model = saved("wan", targets=WAN)
+    where = ["--format", "diffusers", "--output", "wan.safetensors"]
+    assert run("export", "adapter.safetensors", *where, "--sets", "spatial", "temporal", family="wan") == 0
+    assert certificate(here / "wan.certificate.json")["layers"] == len(va.adapters(model))
+    assert dict(describe(here / "wan.safetensors").facts)["targets"].startswith("transformer: ")
+    back = va.load(VideoDiffusion(video_base("wan")).build(), "wan.safetensors")
+    assert len(va.adapters(back)) == len(va.adapters(model))
+    with pytest.raises(ValueError, match="no tool knows a name"):
+        va.export(model, here / "x.safetensors", format="kohya")
+
+
 def test_the_motion_alone_is_written_for_animatediff(saved, here, capsys):
     model = saved()
     assert run("export", "adapter.safetensors", "--format", "diffusers", "--output", "motion") == 0
@@ -75,17 +90,19 @@ def test_both_sets_are_written_if_asked_for_and_read_back(saved, here):
         torch.testing.assert_close(tensor, ours[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize(("family", "method"), [("animatediff", va.DoRA(rank=2)), ("unet3d", va.LoRA(rank=3))], ids=str)
-def test_a_peft_folder_is_loaded_by_stock_peft(family, method, saved, here):
-    saved(family, method)
+@pytest.mark.parametrize("family", ["animatediff", "unet3d", "latte"])
+def test_a_peft_folder_is_loaded_by_stock_peft(family, saved, here, capsys):
+    saved(family, va.DoRA(rank=2) if family == "animatediff" else None, LATTE if family == "latte" else FEW)
     assert run("export", "adapter.safetensors", "--output", "peft", family=family) == 0
     assert certificate(here / "peft" / "certificate.json")["format"] == "peft"
-    assert sorted(p.name for p in (here / "peft").iterdir()) == ["README.md", "certificate.json", "unet"]
+    network = "transformer" if family == "latte" else "unet"
+    assert f"PeftModel.from_pretrained(pipe.{network}," in capsys.readouterr().out
+    assert sorted(p.name for p in (here / "peft").iterdir()) == ["README.md", "certificate.json", network]
 
 
-@pytest.mark.parametrize("family", ["animatediff", "unet3d"])
+@pytest.mark.parametrize("family", ["animatediff", pytest.param("wan", marks=pytest.mark.slow)])
 def test_a_merged_pipeline_is_loaded_again_and_compared(family, saved, here, capsys):
-    saved(family, va.LoHa(rank=2))
+    saved(family, va.LoHa(rank=2), WAN if family == "wan" else FEW)
     assert run("merge", "adapter.safetensors", "--output", "merged", family=family) == 0
     found = certificate(here / "merged" / "certificate.json")
     assert found["format"] == "merged"
