@@ -166,6 +166,18 @@ class ClassIncremental(BaseTask):
         """Steps within the task under way."""
         return self.trainer.global_step - self._begun, self._total
 
+    def on_train_start(self) -> None:
+        """As every task; a run that was cut between the last step of a task and its validation makes up for it.
+
+        Lightning 2.6 goes on with the next epoch then, without validation and without ``on_train_epoch_start``.
+        """
+        super().on_train_start()
+        if self.task < self.task_now():
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+            self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """Begin the next task where its first epoch does."""
         while self.task < self.task_now():
