@@ -46,7 +46,7 @@ def rows_of(tensor: Tensor, which: Tensor) -> Tensor:
 
 
 class DiffusionTask(BaseTask):
-    """Trains a network to undo noise. A subclass states ``build``, ``latents``, ``predicted``, the text and the loss.
+    """Trains a network to undo noise. A subclass states ``build``, latents, prediction, text, loss and renders.
 
     A batch is a dict with ``captions`` and perhaps ``text``, what the text encoders make of them. Times, noise and
     dropped captions come from a generator of (seed, epoch, batch, rank), so a resumed run has the same ones whatever
@@ -121,6 +121,10 @@ class DiffusionTask(BaseTask):
     def unsaid(self) -> dict[str, Tensor]:
         """The condition (1, …) of "no prompt"."""
         raise NotImplementedError(f"{type(self).__name__} must state unsaid()")
+
+    def render(self, prompts: Sequence[str], seeds: Sequence[int], chunk: int = 8) -> Tensor:
+        """What ``preview`` says (B, …) in 0 … 1, one of each prompt with the seed beside it, ``chunk`` at a time."""
+        raise NotImplementedError(f"{type(self).__name__} must state render(prompts, seeds, chunk)")
 
     # --- the model ---------------------------------------------------------------------
     @property
@@ -261,6 +265,12 @@ class DiffusionTask(BaseTask):
             error = self.error(batch, latents, Drawn(times[:, column], noise, noise), text)
             total += dm.per_sample(error**2)
         return total / self.val_times
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Renders (B, …) in 0 … 1 of the captions of a batch, with its seeds or the first one of the preview."""
+        captions = batch["captions"] if isinstance(batch, dict) else list(batch)
+        seeds = batch["seeds"] if "seeds" in batch else [self.preview.seeds[0]] * len(captions)
+        return self.render(captions, seeds, chunk=len(captions))
 
     def on_fit_start(self) -> None:
         """Say which prompts of the preview are too long."""

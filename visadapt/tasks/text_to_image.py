@@ -184,12 +184,6 @@ class TextToImage(DiffusionTask):
         """What computes the figures that ``measures`` asks for."""
         return ms.Measuring(self, data)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Pictures (B, 3, H, W) in 0 … 1 of the captions of a batch, with its seeds or the first one of the preview."""
-        captions = batch["captions"] if isinstance(batch, dict) else list(batch)
-        seeds = batch["seeds"] if "seeds" in batch else [self.preview.seeds[0]] * len(captions)
-        return self.render(captions, seeds, chunk=len(captions))
-
     def render(self, prompts: Sequence[str], seeds: Sequence[int], chunk: int = 8) -> Tensor:
         """Pictures (B, 3, H, W) in 0 … 1 as ``preview`` says, one of each prompt with the seed beside it."""
         how = self.preview

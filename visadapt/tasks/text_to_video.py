@@ -194,9 +194,14 @@ class TextToVideo(DiffusionTask):
         return null_text(self.model)
 
     # --- training ----------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        """As every task; the sets are known from here on."""
+        super().on_train_start()
+        self._sets = Sets(self.model)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a step; ``backward`` gives each set the gradient of its own."""
-        latents, self._sets = self.latents(batch), Sets(self.model)
+        latents = self.latents(batch)
         self._passes = list(self._losses(batch, latents, self.generator(batch_idx)))
         learning = frozenset[str]().union(*(one.learning for one in self._passes))
         with self._sets.only(self._sets.names, learning):
@@ -334,12 +339,6 @@ class TextToVideo(DiffusionTask):
     def measuring(self, data: Any) -> ClipMeasuring:
         """What computes the figures that ``measures`` asks for."""
         return ClipMeasuring(self, data)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Videos (B, F, 3, H, W) in 0 … 1 of the captions of a batch, with its seeds or the preview's first."""
-        captions = batch["captions"] if isinstance(batch, dict) else list(batch)
-        seeds = batch["seeds"] if "seeds" in batch else [self.preview.seeds[0]] * len(captions)
-        return self.render(captions, seeds)
 
     def render(self, prompts: Sequence[str], seeds: Sequence[int], chunk: int = 4) -> Tensor:
         """Videos (B, F, 3, H, W) in 0 … 1 as ``preview`` says, one of each prompt with the seed beside it."""
