@@ -84,7 +84,7 @@ def made(method=None, data=None, **options):
 
 
 def sequence(**options):
-    return TaskSequence([BlobData()], **{"tasks": 3, "batch_size": 8, "order_seed": None, **options})
+    return TaskSequence(BlobData(), **{"tasks": 3, "batch_size": 8, "order_seed": None, **options})
 
 
 def run(folder, task=None, data=None, *callbacks, epochs=6, resume=None, every=2):

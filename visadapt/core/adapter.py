@@ -88,7 +88,7 @@ class Adapter(nn.Module):
         return None
 
     def before_step(self, step: int, total: int | None) -> None:
-        """Called before the forward passes of an optimiser step (from 0) of so many; None where the end is not known."""
+        """Called before the forward passes of an optimiser step (from 0) of so many; None if the end is not known."""
 
     def after_backward(self) -> None:
         """Called when all gradients of a step are there, before the optimiser uses them."""

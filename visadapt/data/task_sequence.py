@@ -16,15 +16,16 @@ Sample = tuple[int, int, int, int]  # dataset, position in it, label, task
 class TaskSequence(BaseData):
     """Tasks that come one after the other; of each only its own images train.
 
-    One source is cut by classes: ``tasks`` groups of classes of equal size (the first ones take what is left over), in
-    an order drawn by ``order_seed``. Several sources are a domain each, with the same classes. Labels count in the
-    order of the tasks. Samples are triples of image, label and task.
+    A source is cut by classes: ``tasks`` groups of classes of equal size (the first ones take what is left over), in an
+    order drawn by ``order_seed``. With ``domains``, further sources with the same classes, each of them is a task.
+    Labels count in the order of the tasks. Samples are triples of image, label and task.
 
     Training runs through ``trainer.max_epochs / tasks`` epochs of each task; held out are the samples of all tasks so
     far.
 
     Args:
-        sources: One data module with labels, such as ``Digits`` or ``ImageFolder``, or one for each domain.
+        source: A data module with labels, such as ``Digits`` or ``ImageFolder``.
+        domains: More of them, with the same classes.
         tasks: Number of tasks: by default 5 of one source, and of several one for each. 1 is all of it together.
         order_seed: Source of the order of the classes; None takes them as they are.
         replay: Training images of each earlier class that train again with every task (0: none, as most methods want).
@@ -37,7 +38,8 @@ class TaskSequence(BaseData):
 
     def __init__(
         self,
-        sources: list[BaseData],
+        source: BaseData,
+        domains: list[BaseData] | None = None,
         tasks: int | None = None,
         order_seed: int | None = 0,
         replay: int = 0,
@@ -48,19 +50,15 @@ class TaskSequence(BaseData):
         drop_last: bool = False,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, drop_last=drop_last)
-        if not sources:
-            raise ValueError("data.sources: give one data module to cut by classes, or one for each domain")
-        self.sources, self.replay, self.evaluate = list(sources), replay, evaluate
-        names = list(sources[0].class_names)
-        for number, source in enumerate(sources[1:], 1):
-            if list(source.class_names) != names:
-                raise ValueError(
-                    f"data.sources: source {number} has other classes than the first; domains share theirs"
-                )
-        tasks = tasks or (5 if len(sources) == 1 else len(sources))
-        self.by_domain = len(sources) > 1 and tasks > 1
-        if self.by_domain and tasks != len(sources):
-            raise ValueError(f"data.tasks: {tasks}, but there are {len(sources)} sources, each a domain; leave it out")
+        self.sources, self.replay, self.evaluate = [source, *(domains or [])], replay, evaluate
+        names, count = list(source.class_names), len(self.sources)
+        for number, other in enumerate(self.sources[1:], 1):
+            if list(other.class_names) != names:
+                raise ValueError(f"data.domains: number {number} has other classes than data.source; they share theirs")
+        tasks = tasks or (5 if count == 1 else count)
+        self.by_domain = count > 1 and tasks > 1
+        if self.by_domain and tasks != count:
+            raise ValueError(f"data.tasks: {tasks}, but there are {count} sources, each a domain; leave it out")
         if not self.by_domain and not 1 <= tasks <= len(names):
             raise ValueError(f"data.tasks: {tasks} tasks of {len(names)} classes; each needs a class of its own")
         order = np.arange(len(names))
@@ -68,7 +66,7 @@ class TaskSequence(BaseData):
             order = np.random.default_rng(order_seed).permutation(len(names))
         self.class_names = [names[i] for i in order]
         self._label = {int(old): new for new, old in enumerate(order)}
-        groups = [list(range(len(names)))] * len(sources)
+        groups = [list(range(len(names)))] * count
         if not self.by_domain:
             groups = [part.tolist() for part in np.array_split(np.arange(len(names)), tasks)]
         self.task_classes: list[list[int]] = groups
@@ -160,7 +158,7 @@ class TaskSet(Dataset):
 def _labels(dataset: Any) -> list[int]:
     if not hasattr(dataset, "labels"):
         raise ValueError(
-            f"data.sources: {type(dataset).__name__} does not say its labels without loading the images; "
+            f"data.source: {type(dataset).__name__} does not say its labels without loading the images; "
             "use Digits or ImageFolder, or give it an attribute `labels`"
         )
     return list(dataset.labels)

@@ -88,7 +88,7 @@ class RunReport(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:
         """Stop the clock of a step (data loading is not in it); add its loss to the epoch's mean."""
         self._steps.append(time.perf_counter() - self._step_started)
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, torch.Tensor):
             self._loss, self._batches = self._loss + loss.detach(), self._batches + 1
 

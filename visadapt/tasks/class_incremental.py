@@ -135,6 +135,8 @@ class ClassIncremental(BaseTask):
         Raises:
             ValueError: The epochs of the run cannot be shared out evenly.
         """
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 1
         tasks, epochs = len(self.task_classes), self.trainer.max_epochs or 0
         if epochs < 1 or epochs % tasks:
             raise ValueError(f"trainer.max_epochs: {epochs} cannot be shared out over {tasks} tasks; give a multiple")
@@ -243,7 +245,7 @@ class ClassIncremental(BaseTask):
 
     def on_validation_epoch_end(self) -> None:
         """Keep and log the accuracies after this task."""
-        found = self.task_accuracy.compute().cpu()
+        found = self.task_accuracy.compute().cpu().reshape(-1)  # torchmetrics makes one value a scalar
         self.task_accuracy.reset()
         if self.trainer.sanity_checking:
             return
@@ -255,7 +257,7 @@ class ClassIncremental(BaseTask):
 
     def on_test_epoch_end(self) -> None:
         """Log the accuracies after the last task."""
-        self._log("test", self.task_accuracy.compute().cpu())
+        self._log("test", self.task_accuracy.compute().cpu().reshape(-1))
         self.task_accuracy.reset()
 
     def _log(self, stage: str, found: Tensor) -> None:

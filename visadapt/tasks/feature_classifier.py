@@ -41,6 +41,7 @@ class FeatureClassifier(ClassIncremental):
     ) -> None:
         super().__init__(backbone, num_classes, task_classes, seed=seed)
         self.kind, self.width = kind, width
+        self.automatic_optimization = False  # there is nothing to optimise
 
     def build(self) -> nn.Module:
         """The backbone with that classifier."""

@@ -1,0 +1,158 @@
+"""Compare methods on a sequence of tasks: configs/class_incremental/, several seeds, one table and a picture.
+
+    python -m benchmarks.class_incremental --jobs 2                          # what docs/results/class_incremental holds
+    python -m benchmarks.class_incremental --jobs 2 --rates 0.001,0.003,0.01 # validation accuracy by learning rate
+
+Every row is a run of ``visadapt fit`` with a configuration of its own on top of the sequence's, so that anyone can
+repeat a single one. The seed draws the order of the classes, the order of the images and the start. Intervals are of
+95 % (Student's t over the seeds). Rates are compared on validation images, with an order of classes that the table
+does not have. The picture shows the accuracy on the way, and what the update of each task is worth at the end.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import _runs
+
+CONFIGS = Path("configs/class_incremental")
+SEQUENCES = {"digits_sdlora": "digits, 5 tasks of 2 classes"}
+ROWS = {
+    "joint": "all at once (upper bound)",
+    "known_task": "LoRA per task, task known (oracle)",
+    "replay": "LoRA with replay of 10 images a class",
+    "ranpac": "RanPAC",
+    "means": "nearest class mean",
+    "probe": "new head alone",
+    "full": "full fine-tuning",
+    "sequential": "sequential LoRA",
+    "o_lora": "O-LoRA",
+    "n_lora": "N-LoRA",
+    "c_lora": "controlled LoRA",
+    "codyra": "CoDyRA",
+    "sd_lora": "SD-LoRA",
+    "sd_lora_rr": "SD-LoRA-RR",
+    "sd_lora_kd": "SD-LoRA-KD",
+    "sd_lora_released": "SD-LoRA, directions as released",
+}
+FIGURES = {"last accuracy": 100.0, "average accuracy": 100.0, "forgetting": 100.0}
+SEARCH_SEED = 99
+
+
+def command(sequence: str, row: str, seed: int, folder: Path, rate: float | None = None) -> list[str]:
+    """Command line of one run; with a ``rate`` it is compared on validation images."""
+    configs = [CONFIGS / f"{sequence}.yaml", CONFIGS / "rows" / f"{row}.yaml"]
+    line = [*_runs.command("fit", configs, seed, folder, rate), f"--data.order_seed={seed}", f"--model.seed={seed}"]
+    return line if rate is None else [*line, "--data.evaluate=val"]
+
+
+def run(sequence: str, row: str, seed: int, out: Path, jobs: int) -> dict[str, Any]:
+    """Facts of one run, which is made unless it is there."""
+    folder = out / sequence / row / str(seed)
+    _runs.make(command(sequence, row, seed, folder), folder / "run.json", jobs)
+    return json.loads((folder / "run.json").read_text()) | {"folder": folder}
+
+
+def search(sequence: str, rows: list[str], rates: list[float], out: Path, jobs: int) -> str:
+    """Markdown: last accuracy on validation images of each row at each learning rate, in per cent."""
+
+    def tried(row: str, rate: float) -> str:
+        folder = out / "rates" / sequence / row / f"{rate:g}"
+        _runs.make(command(sequence, row, SEARCH_SEED, folder, rate), folder / "run.json", jobs)
+        return f"{100 * json.loads((folder / 'run.json').read_text())['figures']['last accuracy']:.1f}"
+
+    return _runs.search(sequence, {row: ROWS[row] for row in rows}, rates, jobs, tried)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half the width of its 95 % interval by Student's t."""
+    from scipy import stats
+
+    found = torch.tensor(values, dtype=torch.float64)
+    if len(found) < 2:
+        return f"{found.mean():.1f}"
+    half = stats.t.ppf(0.975, len(found) - 1) * found.std() / len(found) ** 0.5
+    return f"{found.mean():.1f} ± {half:.1f}"
+
+
+def table(sequence: str, found: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: a row per method; minutes are the least of the seeds."""
+    lines = [f"| {SEQUENCES[sequence]} | {' | '.join(FIGURES)} | trainable | minutes |", "|---" * 6 + "|"]
+    for row, runs in found.items():
+        cells = [
+            interval([scale * facts["figures"][name] for facts in runs]) if name in runs[0]["figures"] else ""
+            for name, scale in FIGURES.items()
+        ]
+        minutes = min(facts["minutes"] for facts in runs)
+        lines.append(f"| {ROWS[row]} | {' | '.join(cells)} | {runs[0]['trainable']:,} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def _sizes(folder: Path) -> list[float]:
+    """What the update of each task is worth at the end of a run."""
+    with (folder / "update_sizes.csv").open() as file:
+        return [float(value) for value in list(csv.reader(file))[-1][1:]]
+
+
+def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Accuracy over the sequence, a line per row, and the sizes of the updates of stacks of tasks."""
+    from visadapt.report import plots
+
+    fig = plots.figure(11, 4.2)
+    left, right = fig.subplots(1, 2)
+    for row, runs in found.items():
+        after = [[v for n, v in facts["figures"].items() if n.startswith("accuracy after task")] for facts in runs]
+        if len(after[0]) > 1:
+            mean = torch.tensor(after).mean(0)
+            left.plot(range(1, len(mean) + 1), mean, marker="o", markersize=3, label=ROWS[row])
+        if (runs[0]["folder"] / "update_sizes.csv").exists():
+            sizes = torch.tensor([_sizes(facts["folder"]) for facts in runs]).mean(0)
+            right.plot(range(1, len(sizes) + 1), sizes, marker="o", markersize=3, label=ROWS[row])
+    for axes, title in ((left, "accuracy on all tasks so far"), (right, "mean norm of a task's update, at the end")):
+        axes.set_title(title, color=plots.INK, fontsize=10)
+        axes.set_xlabel("task")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7)
+    plots.save(fig, path)
+
+
+def main() -> None:
+    """Run what is missing, write the table, single results and the picture."""
+    parser = _runs.parser(__doc__, list(SEQUENCES), list(ROWS), "class_incremental")
+    parser.add_argument("--image", type=Path, default=Path("docs/images/class_incremental.png"))
+    parser.set_defaults(seeds=5)
+    options = parser.parse_args()
+    if options.rates:
+        for sequence in options.tasks:
+            print(search(sequence, options.rows, options.rates, options.runs, options.jobs))
+        return
+    wanted = [
+        (sequence, row, seed) for sequence in options.tasks for row in options.rows for seed in range(options.seeds)
+    ]
+    results = _runs.each(run, options.jobs, [(*job, options.runs, options.jobs) for job in wanted])
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (sequence, row, _), facts in zip(wanted, results, strict=True):
+        found.setdefault(sequence, {}).setdefault(row, []).append(facts)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sequence", "row", "seed", "figure", "value"])
+        for (sequence, row, seed), facts in zip(wanted, results, strict=True):
+            costs = {name: facts[name] for name in ("trainable", "minutes")}
+            writer.writerows([sequence, row, seed, name, value] for name, value in (facts["figures"] | costs).items())
+    text = "\n\n".join(table(sequence, rows) for sequence, rows in found.items())
+    options.out.with_suffix(".md").write_text(f"# Class-incremental learning\n\n{text}\n", encoding="utf-8")
+    picture(found[options.tasks[0]], options.image)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
