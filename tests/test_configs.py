@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.tiny_diffusion import tiny_pipeline
+from tests.tiny_video import FRAMES, video_base
 from visadapt.backbones.sd_layout import SHIPPED
 from visadapt.cli.main import main
 
@@ -21,7 +22,12 @@ SMALL = [
     "--data.batch_size=8",
 ]
 FOLDER = CONFIGS / "classification" / "vit_b16_lora_folder.yaml"
-ROWS = {"segmentation": "railway_10shot.yaml", "text_to_image": "subject.yaml"}
+ROWS = {
+    "segmentation": "railway_10shot.yaml",
+    "text_to_image": "subject.yaml",
+    "text_to_video": "orbit_one_clip.yaml",
+    "class_incremental": "digits_sdlora.yaml",
+}
 STACKED = {FOLDER.with_name(f"vit_b16_{what}_folder.yaml"): FOLDER for what in ("probe", "full")}
 STACKED |= {row: CONFIGS / task / under for task, under in ROWS.items() for row in CONFIGS.glob(f"{task}/rows/*.yaml")}
 SMALL_MAPS = ["--data.train_size=24", "--data.val_size=2", "--data.test_size=2", "--data.batch_size=2"]
@@ -58,6 +64,19 @@ def photos(images):
     return images
 
 
+def video(config, photos):
+    """Options for a small random base with the layers of the shipped one."""
+    options = [f"--model.backbone.name={video_base()}", "--model.preview.steps=1"]
+    options += [f"--data.frames={FRAMES}", "--data.batch_size=2"]
+    if config.stem != "folder":
+        return options
+    small = ["--data.resolution=32", "--data.bucket_step=8", "--data.num_workers=0", "--data.instance_prompt=it moves"]
+    for path in photos.rglob("*.txt"):
+        path.unlink()
+    motion = f"--model.backbone.motion_adapter={video_base()}/motion_adapter"
+    return [*options, *small, motion, f"--data.root={photos}"]
+
+
 def diffusion(config, photos, tmp_path):
     """Options for a small base; the shipped one has its own configurations."""
     options = ["--model.preview.steps=1", "--model.start=null"]  # b4m_join starts from what other runs have left
@@ -76,11 +95,15 @@ def test_a_configuration_trains(config, photos, maps, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["visadapt"])
     files = [STACKED[config], config] if config in STACKED else [config]
     extra = {"classification": [*SMALL, f"--data.root={photos}"], "segmentation": SMALL_MAPS}
+    if config.stem in ("imagenet_r", "imagenet_a", "cifar100", "cub200", "domainnet"):
+        extra["class_incremental"] = [*SMALL, f"--data.source.init_args.root={photos}", "--data.tasks=2"]
     if config.name == "vit_b_folder.yaml":
         extra["segmentation"] = [*SMALL_SAM, f"--data.root={maps}"]
     task = config.relative_to(CONFIGS).parts[0]
     if task == "text_to_image":
         extra[task] = diffusion(config, photos, tmp_path)
+    if task == "text_to_video":
+        extra[task] = video(config, photos)
     verb = "test" if config.name == "oracle.yaml" else "fit"  # nothing in it trains
     options = [*(f"--config={file}" for file in files), *extra.get(task, []), *QUICK]
     assert main([verb, *options]) in (0, None)
