@@ -160,7 +160,7 @@ def test_mistakes_are_one_message(sd_run, here, capsys, case):
 
 def test_prompts_are_for_text_to_image_alone(run, here, capsys):
     assert main(["predict", "--adapter", str(run / "adapter.safetensors"), "--prompts", "a"]) == 2
-    assert "only a text-to-image model renders prompts" in capsys.readouterr().err
+    assert "only a text-to-image or text-to-video model renders prompts" in capsys.readouterr().err
 
 
 def test_names_of_sets(tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 
 import visadapt as va
 from tests.diffusion_training import train
+from tests.tiny_video import FRAMES, video_base
 from tests.training import Crash, CrashAt, weights
 from tests.video_training import ClipsData, batch, sets, task
 from visadapt.losses import diffusion as dm
@@ -15,7 +16,7 @@ from visadapt.tasks.text_to_video import TextToVideo
 from visadapt.tasks.video_passes import Sets, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ALWAYS = Paths("dual", skip=0.0)
+ALWAYS, CHECKPOINTED = Paths("dual", skip=0.0), {"grad_checkpointing": True}
 
 
 def made(**kwargs):
@@ -85,6 +86,27 @@ def test_each_set_gets_the_gradient_of_its_own_loss(checkpointing):
     halved = step(found, given, scale=0.5)[1]  # accumulation and gradient scaling reach every pass
     name = max(halved)
     assert torch.allclose(halved[name], gradients[name] / 2, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", ["unet3d", "latte", "wan"])
+def test_presets_of_the_other_families_learn_apart(family):
+    """Also where every layer sees space and time, and under checkpointing."""
+    lora = va.LoRA(rank=2)
+    adapters = [va.Adaptation(lora, [name], name) for name in ("spatial", "temporal")]
+    found = made(name=video_base(family), adapters=adapters, paths=Paths(skip=0.0), backbone=CHECKPOINTED)
+    found.model.train()
+    count = 5 if family == "wan" else FRAMES  # which its VAE makes two
+    videos = torch.rand(1, count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = {"latents": found.latents({"videos": videos}), "captions": ["a goes"], "frame_captions": ["a"]}
+    assert given["latents"].shape[1] > 1
+    seen = []
+    for found._switch in (1, 0):  # the first part of a sequence of two, then the second
+        kinds, gradients = step(found, given)
+        learned = {name.split(".adapters.")[1].partition(".")[0] for name in gradients}
+        seen.append(([kind for kind, _ in kinds], learned))
+    both = (["appearance", "motion"], {"spatial", "temporal"})
+    of_two = [(["appearance"], {"spatial"}), (["motion"], {"temporal"})]
+    assert seen == (of_two if family == "wan" else [both, both])
 
 
 def test_skipped_steps_leave_the_spatial_set_out():
@@ -264,7 +286,6 @@ def test_resume_is_exact(tmp_path, batches):
 # --- appearance and motion of different files ---------------------------------------------
 def test_appearance_of_a_text_to_image_run_is_a_start(tmp_path):
     from tests.diffusion_training import task as picture_task
-    from tests.tiny_video import video_base
 
     pictures = picture_task(name=video_base(), adapters=sets("spatial"))
     pictures.configure_model()
