@@ -32,6 +32,7 @@ ROWS = {
     "probe": "new head alone",
     "full": "full fine-tuning",
     "sequential": "sequential LoRA",
+    "inf_lora": "InfLoRA",
     "o_lora": "O-LoRA",
     "n_lora": "N-LoRA",
     "c_lora": "controlled LoRA",

@@ -1,4 +1,4 @@
-"""O-LoRA, N-LoRA, controlled LoRA and CoDyRA over several tasks against dense formulas in float64."""
+"""O-LoRA, N-LoRA, controlled LoRA, CoDyRA and InfLoRA over several tasks against dense formulas in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import visadapt as va
 from tests.methods.reference import HOSTS, close, compare, count, operate, place, product
-from visadapt.core.train import after_step, before_step, next_task, penalty
+from visadapt.core.train import after_step, before_step, next_task, penalty, tell_inputs
 from visadapt.maths.low_rank import absolute_sum
 
 
@@ -150,3 +150,48 @@ def test_parameter_counts():
     assert count(place("linear", va.OLoRA(rank=3))[1]) == count(place("linear", va.NLoRA(rank=3))[1]) == 3 * 17
     assert count(place("linear", va.CLoRA(rank=3))[1]) == 3 * 17
     assert count(place("linear", va.CoDyRA(rank=3))[1]) == 3 * 17 + 3
+
+
+def inputs(rank, seed):
+    """Inputs (50, 7) in a space of so many dimensions, and a little of everything."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(7, rank, generator=generator, dtype=torch.float64))[0]
+    return torch.randn(50, rank, generator=generator, dtype=torch.float64) @ basis.t(), basis
+
+
+def test_inf_lora_learns_where_the_task_is_and_earlier_ones_are_not():
+    model, adapter, _ = place("linear", va.InfLoRA(rank=2, tasks=3, first=0.999, last=0.999), moved=False)
+    first, basis = inputs(2, 0)
+    tell_inputs(model, "begin_task", lambda: model(first))
+    close(adapter.down @ adapter.down.t(), torch.eye(2, dtype=torch.float64) / 3)
+    close(basis @ basis.t() @ adapter.down.t(), adapter.down.t())
+    nn.init.normal_(adapter.up)
+    learned = model(first)
+    tell_inputs(model, "end_task", lambda: model(first))
+    close(adapter.memory, basis @ basis.t())
+    next_task(model)
+    second = inputs(3, 1)[0] + 0.5 * first
+    tell_inputs(model, "begin_task", lambda: model(second))
+    assert (adapter.down @ basis).abs().max() < 1e-9
+    nn.init.normal_(adapter.up)
+    assert not torch.allclose(model(second), nn.functional.linear(second, model[0].weight, model[0].bias))
+    close(model(first), learned)
+    assert [n for n, _ in adapter.named_parameters()] == ["up"]
+    assert count(adapter) == 2 * 10
+
+
+def test_inf_lora_keeps_the_share_of_energy_that_is_asked_for():
+    model, adapter, _ = place("linear", va.InfLoRA(rank=2, tasks=3, first=0.9, last=0.9), moved=False)
+    x = torch.randn(50, 7, dtype=torch.float64) * torch.tensor([5, 3, 2, 1, 0.5, 0.2, 0.1], dtype=torch.float64)
+    tell_inputs(model, "end_task", lambda: model(x))
+    values = torch.linalg.eigvalsh(x.t() @ x).flip(0)
+    count = int(adapter.memory.trace().round())
+    assert values[:count].sum() >= 0.9 * values.sum() > values[: count - 1].sum()
+    before = adapter.memory.clone()
+    tell_inputs(model, "end_task", lambda: model(x))
+    close(adapter.memory, before)
+
+
+def test_inf_lora_refuses_convolutions():
+    with pytest.raises(ValueError, match="input vectors.*use Linear"):
+        place("conv", va.InfLoRA())

@@ -158,7 +158,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("method", [va.SDLoRA, va.CoDyRA])
+@pytest.mark.parametrize("method", [va.SDLoRA, va.CoDyRA, va.InfLoRA])
 @pytest.mark.parametrize("batches", [4, 6, 7, 11, 13])  # in the first task, at its end, in the second, in the third
 def test_resume_is_exact(tmp_path, batches, method):
     whole = run(tmp_path / "whole", made(method(rank=2, tasks=3)), every=1)

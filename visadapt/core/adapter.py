@@ -103,6 +103,12 @@ class Adapter(nn.Module):
     def next_task(self) -> None:
         """Called between two tasks of a sequence: keep what was learned, make room for the next."""
 
+    def begin_task(self, gram: Tensor) -> None:
+        """Called before a task trains, if overridden, with Σ x xᵀ of its inputs to the layer."""
+
+    def end_task(self, gram: Tensor) -> None:
+        """Called after a task has trained, if overridden, with Σ x xᵀ of its inputs to the layer as they are now."""
+
     # --- derived -----------------------------------------------------------------------
     def share(self, key: str, make: Callable[[], Shared]) -> Shared:
         """One tensor for all sites of a set: made by the first `build`, taken by the others; only within `build`."""

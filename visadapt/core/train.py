@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.core.adapter import Adapter
+from visadapt.core.layer import Grafted
 from visadapt.core.model import adapters
 
 
@@ -35,6 +36,42 @@ def next_task(model: nn.Module) -> None:
     """Between two tasks of a sequence: what was learned is kept, and there is room for the next."""
     for adapter in _with_hook(model, "next_task"):
         adapter.next_task()
+
+
+def watched(model: nn.Module, hook: Literal["begin_task", "end_task"]) -> bool:
+    """Whether an adapter asks for the inputs of its layer at that time."""
+    return bool(_with_hook(model, hook))
+
+
+@torch.no_grad()
+def tell_inputs(model: nn.Module, hook: Literal["begin_task", "end_task"], run: Callable[[], Any]) -> None:
+    """Run the model over the images of a task and give each adapter that asks for it the Gram matrix of its inputs.
+
+    Args:
+        model: the adapted model.
+        hook: which of their hooks is called.
+        run: calls the model on all images.
+    """
+    wanted = {id(a) for a in _with_hook(model, hook)}
+    layers = [
+        m for m in model.modules() if isinstance(m, Grafted) and any(id(a) in wanted for a in m.adapters.values())
+    ]
+    grams: dict[nn.Module, Tensor] = {}
+
+    def add(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0].flatten(0, -2).double()
+        grams[layer] = x.t() @ x + grams.get(layer, 0.0)
+
+    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer in layers:
+        for adapter in layer.adapters.values():
+            if id(adapter) in wanted:
+                getattr(adapter, hook)(grams[layer])
 
 
 def penalty(model: nn.Module) -> Tensor:

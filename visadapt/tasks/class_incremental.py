@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from visadapt.backbones.base import Backbone
 from visadapt.core.model import Adaptation, adapters
 from visadapt.core.stack import TaskStack
-from visadapt.core.train import next_task, penalty
+from visadapt.core.train import next_task, penalty, tell_inputs, watched
 from visadapt.data.loader import mixed_seed
 from visadapt.maths.low_rank import norm
 from visadapt.metrics.sequence import TaskAccuracy, summary
@@ -182,12 +182,39 @@ class ClassIncremental(BaseTask):
 
     def on_train_epoch_start(self) -> None:
         """Begin the next task where its first epoch does."""
+        if self.trainer.global_step == 0:
+            self._tell_inputs("begin_task")
         while self.task < self.task_now():
+            self._tell_inputs("end_task")
             with torch.random.fork_rng():
                 torch.manual_seed(mixed_seed(self.seed, self.task, 3))  # the same in every process
                 next_task(self.model)
             self.task, self._begun = self.task + 1, self.trainer.global_step
+            self._tell_inputs("begin_task")
             self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def _tell_inputs(self, hook: Literal["begin_task", "end_task"]) -> None:
+        """Let adapters that ask for it see what the images of the task are in their layers.
+
+        Raises:
+            ValueError: Several processes, each of which sees its own part.
+        """
+        if not watched(self.model, hook):
+            return
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                "trainer.devices: adapters that look at the inputs of a task do so in one process; give it 1"
+            )
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+
+        def run() -> None:
+            for images, _, _ in data.loader(data.of_task(self.task)):
+                self.model(images.to(self.device))
+
+        training = self.training
+        self.eval()
+        tell_inputs(self.model, hook, run)
+        self.train(training)
 
     # --- steps -----------------------------------------------------------------------------
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

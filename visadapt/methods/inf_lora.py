@@ -1,0 +1,68 @@
+"""InfLoRA: each task learns in the input directions that earlier tasks do not use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from visadapt.core.site import Site
+from visadapt.core.stack import TaskStack
+
+
+class InfLoRA(TaskStack):
+    """ΔW = Σ_k<t B_k A_k + B A,  A Aᵀ = I/3 frozen, its rows the main inputs of the task off those of the earlier ones.
+
+    Before a task, A becomes the first `rank` eigenvectors of P H Hᵀ P (over √3, as in the released code), with H the
+    task's inputs to the layer and P = I − M Mᵀ; only B trains. After it, M gains the fewest eigenvectors of P H Hᵀ P,
+    with H as it is now, that make it hold a share of ‖H‖² (gradient projection memory). So an update does not change
+    what the layer does with inputs that M spans. Without a sequence that tells it inputs, A stays random.
+
+    Liang & Li 2024 (CVPR), arXiv 2404.00228, code: github.com/liangyanshuo/InfLoRA. Its DualGPM stores M or its
+    complement, whichever is smaller; here it is always M Mᵀ.
+
+    Args:
+        rank: inner dimension of each task's update.
+        tasks: how many tasks the sequence has at most.
+        done: how many of them are finished.
+        first: share of the inputs' energy that is kept free after the first task.
+        last: after the last one; in between it rises evenly.
+    """
+
+    first: float = 0.95
+    last: float = 1.0
+
+    def refuse(self, layer: Site) -> str | None:
+        """Inputs are vectors."""
+        if not isinstance(layer.layer, nn.Linear):
+            return "its directions are those of input vectors, which convolutions do not have; use Linear layers"
+        return None
+
+    def build(self, layer: Site) -> None:
+        """Create B, A and the memory."""
+        super().build(layer)
+        frozen = self.down.data
+        del self.down
+        self.register_buffer("down", frozen)
+        self.memory: Tensor
+        self.register_buffer("memory", frozen.new_zeros(frozen.shape[1], frozen.shape[1]))
+
+    def _free(self, gram: Tensor) -> Tensor:
+        """P H Hᵀ P."""
+        off = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - self.memory.to(gram)
+        return off @ gram @ off
+
+    def begin_task(self, gram: Tensor) -> None:
+        """The directions of the task."""
+        _, vectors = torch.linalg.eigh(self._free(gram))
+        self.down.copy_(vectors.flip(1)[:, : self.rank].t() / 3**0.5)
+
+    def end_task(self, gram: Tensor) -> None:
+        """Keep what the task uses free of later ones."""
+        share = self.first + (self.last - self.first) * self.done / max(1, self.tasks - 1)
+        energy = gram.trace()
+        values, vectors = torch.linalg.eigh(self._free(gram))
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        held = (energy - values.sum() + values.cumsum(0)) / energy
+        count = int((held < share - 1e-9).sum()) + 1 if (energy - values.sum()) / energy < share - 1e-9 else 0
+        kept = vectors[:, :count]
+        self.memory += (kept @ kept.t()).to(self.memory)
