@@ -12,8 +12,6 @@ before its first step. Rates are compared on the pictures of a seed that the tab
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,11 +20,11 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import _runs
+from benchmarks import _figures, _runs
+from benchmarks._figures import BASE, JUDGE
 from visadapt.report import tiles
 
 CONFIGS = Path("configs/text_to_image")
-BASE = "base"
 ROWS = {
     "lora": "LoRA",
     "dora": "DoRA",
@@ -35,7 +33,6 @@ ROWS = {
     "loha": "LoHa",
     "full": "full fine-tuning",
 }
-JUDGE = " (judge)"
 SHARED = {
     "other prompts followed %": "share of other prompts followed",
     "similarity": f"similarity to the pictures{JUDGE}",
@@ -67,8 +64,7 @@ def command(task: str, row: str, seed: int, folder: Path, rate: float | None = N
 def run(task: str, row: str, seed: int, out: Path, jobs: int) -> dict[str, Any]:
     """Facts of one run, which is made unless it is there."""
     folder = out / task / row / str(seed)
-    _runs.make(command(task, row, seed, folder), folder / "run.json", jobs)
-    return json.loads((folder / "run.json").read_text())
+    return _figures.run(command(task, row, seed, folder), folder, jobs)
 
 
 def search(task: str, rows: list[str], rates: list[float], out: Path, jobs: int) -> str:
@@ -76,51 +72,24 @@ def search(task: str, rows: list[str], rates: list[float], out: Path, jobs: int)
 
     def tried(row: str, rate: float) -> str:
         folder = out / "rates" / task / row / f"{rate:g}"
-        _runs.make(command(task, row, SEARCH_SEED, folder, rate), folder / "run.json", jobs)
-        found = after(json.loads((folder / "run.json").read_text()), task)
+        facts = _figures.run(command(task, row, SEARCH_SEED, folder, rate), folder, jobs)
+        found = _figures.after(facts, COLUMNS[task])
         asked, leaked, alike = (found[name] for name in (*list(COLUMNS[task])[:2], "similarity"))
         return f"{asked:.0f} / {leaked:.0f}, {alike:.3f}"
 
     return _runs.search(task, {row: ROWS[row] for row in rows}, rates, jobs, tried)
 
 
-def after(facts: dict[str, Any], task: str, when: str = "after") -> dict[str, float]:
-    """Figures of a run by the heading of their column; what a run lacks is left out, what the base has none of too."""
-    figures = facts["figures"]
-    own = {name: figures.get(name) for name in COLUMNS[task].values()} if when == "after" else {}
-    known = {heading: figures.get(f"{name}, {when}", own.get(name)) for heading, name in COLUMNS[task].items()}
-    return {
-        heading: 100 * value if heading.endswith("%") else value
-        for heading, value in known.items()
-        if value is not None
-    }
-
-
-def table(found: dict[str, list[dict[str, Any]]], task: str) -> str:
-    """Markdown: a row per method, a column per figure, then what it costs (minutes: the least of the seeds).
+def table(found: _figures.Found, task: str) -> str:
+    """Markdown: a row per method, a column per figure, then what it costs.
 
     Args:
         found: Row → facts of its runs.
         task: "subject" or "style".
     """
-    lines = [
-        f"| {task} | {' | '.join(COLUMNS[task])} | trainable | file, KiB | minutes |",
-        "|---" * (len(COLUMNS[task]) + 4) + "|",
-    ]
-    first = next(iter(found.values()))[:1]
-    for title, runs, when in [(BASE, first, "before"), *((ROWS[row], runs, "after") for row, runs in found.items())]:
-        figures = [after(facts, task, when) for facts in runs]
-        cells = [
-            _runs.spread([one[heading] for one in figures if heading in one], 1 if heading.endswith("%") else 3)
-            for heading in COLUMNS[task]
-        ]
-        cost = ["", "", ""]
-        if when == "after":
-            cost = [f"{runs[0]['trainable']:,}", f"{runs[0]['adapter_bytes'] / 1024:,.0f}"]
-            cost.append(f"{min(facts['minutes'] for facts in runs):.1f}")
-        lines.append(f"| {title} | {' | '.join([*cells, *cost])} |")
-    ceiling = first[0]["figures"].get(f"similarity among the pictures{JUDGE}")
-    return "\n".join(lines) + ("" if ceiling is None else f"\n\nSimilarity among the real pictures: {ceiling:.3f}.")
+    text = _figures.table(found, task, COLUMNS[task], ROWS)
+    ceiling = next(iter(found.values()))[0]["figures"].get(f"similarity among the pictures{JUDGE}")
+    return text + ("" if ceiling is None else f"\n\nSimilarity among the real pictures: {ceiling:.3f}.")
 
 
 # --- pictures side by side ---------------------------------------------------------------
@@ -193,16 +162,8 @@ def main() -> None:
         return
     wanted = [(task, row, seed) for task in options.tasks for row in options.rows for seed in range(options.seeds)]
     results = _runs.each(run, options.jobs, [(*job, options.runs, options.jobs) for job in wanted])
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (task, row, _), facts in zip(wanted, results, strict=True):
-        found.setdefault(task, {}).setdefault(row, []).append(facts)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "row", "seed", "figure", "value"])
-        for (task, row, seed), facts in zip(wanted, results, strict=True):
-            costs = {name: facts[name] for name in ("trainable", "adapter_bytes", "minutes")}
-            writer.writerows([task, row, seed, name, value] for name, value in (facts["figures"] | costs).items())
+    found = _figures.grouped(wanted, results)
+    _figures.write_csv(options.out.with_suffix(".csv"), wanted, results)
     text = "\n\n".join(table(found[task], task) for task in options.tasks)
     options.out.with_suffix(".md").write_text(f"# A subject and a style from 20 pictures\n\n{text}\n", encoding="utf-8")
     options.image.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import _runs, segmentation, text_to_image
+from benchmarks import _runs, segmentation, text_to_image, text_to_video
 from visadapt.cli.yaml_files import check
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def test_command_lines_stack_the_row_on_the_task():
     assert "--model.seed=1" in text_to_image.command("style", "wara", 1, Path("out"))
 
 
-@pytest.mark.parametrize("module", [segmentation, text_to_image])
+@pytest.mark.parametrize("module", [segmentation, text_to_image, text_to_video])
 def test_every_row_and_task_has_its_configuration(module):
     tasks = module.TASKS if module is segmentation else module.COLUMNS
     for path in [module.CONFIGS / f"{task}.yaml" for task in tasks] + [
