@@ -23,7 +23,7 @@ class AnimateDiff(Family):
 
     The UNet's own layers keep the names that they have in Stable Diffusion, so adapters of the text-to-image task
     load by name. It comes as a pipeline, or as a Stable Diffusion and a motion adapter: in its folder
-    ``motion_adapter``, or elsewhere.
+    ``motion_adapter``, or elsewhere. A local motion adapter may bring a ``text_encoder`` that knows more words.
     """
 
     name = "animatediff"
@@ -90,6 +90,9 @@ def _grafted(place: str, motion_adapter: str | None, options: Mapping[str, Any])
     base: Any = DiffusionPipeline.from_pretrained(place, **(_NO_EXTRAS | dict(options)))
     where = {"subfolder": "motion_adapter"} if motion_adapter is None else {}
     adapter = MotionAdapter.from_pretrained(motion_adapter or place, **where)
+    own = Path(motion_adapter or folder) / "text_encoder"
+    if own.is_dir():
+        base.text_encoder = type(base.text_encoder).from_pretrained(own)
     if hasattr(base.unet, "load_motion_modules"):
         base.unet.load_motion_modules(adapter)
         return base
