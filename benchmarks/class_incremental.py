@@ -33,6 +33,7 @@ ROWS = {
     "full": "full fine-tuning",
     "sequential": "sequential LoRA",
     "inf_lora": "InfLoRA",
+    "dual_lora": "DualLoRA (reconstructed)",
     "o_lora": "O-LoRA",
     "n_lora": "N-LoRA",
     "c_lora": "controlled LoRA",

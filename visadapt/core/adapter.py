@@ -37,6 +37,7 @@ class Adapter(nn.Module):
 
     Class attributes that a method may set:
         no_decay: names of its tensors that weight decay would harm (magnitudes, gains, biases).
+        first_token: `begin_task` and `end_task` look at the first token of each sample alone.
 
     Attributes set by the host, unknown to the mathematics:
         name: the set that the adapter belongs to.
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ()
+    first_token: ClassVar[bool] = False
 
     # Annotations of this class are not fields: only subclasses become dataclasses.
     _pool: dict[str, Tensor]

@@ -52,15 +52,20 @@ def tell_inputs(model: nn.Module, hook: Literal["begin_task", "end_task"], run: 
         hook: which of their hooks is called.
         run: calls the model on all images.
     """
-    wanted = {id(a) for a in _with_hook(model, hook)}
-    layers = [
-        m for m in model.modules() if isinstance(m, Grafted) and any(id(a) in wanted for a in m.adapters.values())
-    ]
-    grams: dict[nn.Module, Tensor] = {}
+    asking = {id(a): a for a in _with_hook(model, hook)}
+    layers: dict[nn.Module, list[Adapter]] = {}
+    for module in model.modules():
+        if isinstance(module, Grafted) and (
+            mine := [asking[id(a)] for a in module.adapters.values() if id(a) in asking]
+        ):
+            layers[module] = mine
+    grams: dict[tuple[nn.Module, bool], Tensor] = {}
 
     def add(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0].flatten(0, -2).double()
-        grams[layer] = x.t() @ x + grams.get(layer, 0.0)
+        for first in {a.first_token for a in layers[layer]}:
+            x = given[0].flatten(1, -2) if given[0].dim() > 2 else given[0][:, None]
+            x = (x[:, 0] if first else x.flatten(0, 1)).double()
+            grams[layer, first] = x.t() @ x + grams.get((layer, first), 0.0)
 
     handles = [layer.register_forward_pre_hook(add) for layer in layers]
     try:
@@ -68,10 +73,9 @@ def tell_inputs(model: nn.Module, hook: Literal["begin_task", "end_task"], run: 
     finally:
         for handle in handles:
             handle.remove()
-    for layer in layers:
-        for adapter in layer.adapters.values():
-            if id(adapter) in wanted:
-                getattr(adapter, hook)(grams[layer])
+    for layer, mine in layers.items():
+        for adapter in mine:
+            getattr(adapter, hook)(grams[layer, adapter.first_token])
 
 
 def penalty(model: nn.Module) -> Tensor:

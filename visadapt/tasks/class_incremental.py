@@ -323,5 +323,6 @@ class ClassIncremental(BaseTask):
             raise ValueError("the checkpoint is of another sequence of tasks; use the config.yaml of its run")
         self.task, self._begun = held["task"], held["begun"]
         self.matrix, self.sizes = held["matrix"].clone(), held["sizes"].clone()
-        for stack in self._stacks():
-            stack.done = self.task
+        for adapter in adapters(self.model).values():
+            if "done" in adapter.field_names():
+                adapter.done = self.task  # type: ignore[assignment]
