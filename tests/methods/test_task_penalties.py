@@ -33,7 +33,7 @@ def trained(method, tasks, host="linear"):
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize(
-    "method", [va.OLoRA(rank=3), va.NLoRA(rank=3), va.CLoRA(rank=3)], ids=lambda m: type(m).__name__
+    "method", [va.OLoRA(rank=3), va.NonCollisionLoRA(rank=3), va.CLoRA(rank=3)], ids=lambda m: type(m).__name__
 )
 def test_the_update_is_a_sum_over_tasks(method, host):
     compare(host, method.clone(), lambda w, b, p: (w + product(p["up"], p["down"]), b))
@@ -59,7 +59,7 @@ def test_o_lora_penalises_overlap_of_row_spaces(absolute):
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_n_lora_penalises_every_element_of_the_update(host):
-    model, adapter, _, _ = trained(va.NLoRA(rank=2, sparsity=0.7), 1, host)
+    model, adapter, _, _ = trained(va.NonCollisionLoRA(rank=2, sparsity=0.7), 1, host)
     want = 0.7 * product(adapter.up, adapter.down).abs().sum()
     close(penalty(model), want)
     for a, b in zip(gradients(penalty(model), adapter), gradients(want, adapter)):
@@ -74,8 +74,10 @@ def test_the_absolute_sum_in_parts_is_the_whole():
 
 def test_n_lora_as_released_needs_a_square_layer():
     with pytest.raises(ValueError, match=r"7 inputs.*10 outputs.*of: update"):
-        place("linear", va.NLoRA(of="released"))
-    model = va.adapt(nn.Sequential(nn.Linear(5, 5)).double(), va.NLoRA(rank=2, sparsity=1.0, of="released"), "0")
+        place("linear", va.NonCollisionLoRA(of="released"))
+    model = va.adapt(
+        nn.Sequential(nn.Linear(5, 5)).double(), va.NonCollisionLoRA(rank=2, sparsity=1.0, of="released"), "0"
+    )
     (adapter,) = va.adapters(model).values()
     learn(adapter, 0)
     close(penalty(model), (adapter.down @ adapter.up).abs().sum())
@@ -147,7 +149,9 @@ def test_codyra_as_released_kills_up_to_twice_the_threshold():
 
 
 def test_parameter_counts():
-    assert count(place("linear", va.OLoRA(rank=3))[1]) == count(place("linear", va.NLoRA(rank=3))[1]) == 3 * 17
+    assert (
+        count(place("linear", va.OLoRA(rank=3))[1]) == count(place("linear", va.NonCollisionLoRA(rank=3))[1]) == 3 * 17
+    )
     assert count(place("linear", va.CLoRA(rank=3))[1]) == 3 * 17
     assert count(place("linear", va.CoDyRA(rank=3))[1]) == 3 * 17 + 3
 

@@ -17,7 +17,7 @@ from visadapt.methods.sd_lora import SDLoRA as SDLoRA
 from visadapt.methods.o_lora import OLoRA as OLoRA
 from visadapt.methods.inf_lora import InfLoRA as InfLoRA
 from visadapt.methods.dual_lora import DualLoRA as DualLoRA
-from visadapt.methods.n_lora import NLoRA as NLoRA
+from visadapt.methods.non_collision import NonCollisionLoRA as NonCollisionLoRA
 from visadapt.methods.c_lora import CLoRA as CLoRA
 from visadapt.methods.codyra import CoDyRA as CoDyRA
 

@@ -12,7 +12,7 @@ from visadapt.core.stack import TaskStack
 from visadapt.maths.low_rank import absolute_sum
 
 
-class NLoRA(TaskStack):
+class NonCollisionLoRA(TaskStack):
     """ΔW = Σ_k<t B_k A_k + B A,  loss + sparsity · Σ |B A|.
 
     Updates that are zero nearly everywhere seldom change the same weight, so tasks disturb each other little. The sum
