@@ -176,8 +176,8 @@ def main() -> None:
     if options.mixed:
         motion = options.runs / options.tasks[0] / "dual_debiased" / "0"
         run(options.tasks[0], "dual_debiased", 0, options.runs, options.jobs)
-        found = mixed(options.mixed, motion / "temporal.safetensors", "tiny_video")
-        sheets = pages(found, [f"motion {strength:g}" for strength in STRENGTHS])
+        rows = mixed(options.mixed, motion / "temporal.safetensors", "tiny_video")
+        sheets = pages(rows, [f"motion {strength:g}" for strength in STRENGTHS])
         save_webp(sheets, options.images / "appearance_and_motion.webp", fps=4)
         tiles.save(sheets[len(sheets) // 2], options.images / "appearance_and_motion.png")
         return
