@@ -261,13 +261,12 @@ def publish(places: dict[str, Path], plan: Plan, base: Path, modules: nn.ModuleD
     found = {f"{place}.{name}": t for place, part in modules.items() for name, t in part.state_dict().items()}
     adapter.load_state_dict({n.replace("/", "."): t for n, t in found.items() if not n.startswith("words.")})
     adapter.half().save_pretrained(draft)
-    halved = {name: tensor.contiguous() for name, tensor in adapter.state_dict().items()}
-    weights = draft / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(save(halved, metadata={"format": "pt"}))  # the library's file is for its owner only
     write_text_encoder(base / "text_encoder", draft / "text_encoder", modules["words"])
+    for file in draft.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # the library writes weights for their owner only
     pipe = pipeline(base, MotionAdapter.from_pretrained(draft), draft / "text_encoder")
     facts: dict[str, Any] = {
-        "parameters": sum(tensor.numel() for tensor in halved.values()),
+        "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "bytes": sum(file.stat().st_size for file in draft.rglob("*") if file.is_file()),
         "base": f"tiny_sd, frozen but for the embeddings of {len(modules['words'].tokens)} pieces of the motion words",
         "frames": FRAMES,
