@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -87,12 +91,13 @@ def sequence(**options):
     return TaskSequence(BlobData(), **{"tasks": 3, "batch_size": 8, "order_seed": None, **options})
 
 
-def run(folder, task=None, data=None, *callbacks, epochs=6, resume=None, every=2):
+def run(folder, task=None, data=None, *callbacks, epochs=6, resume=None, every=2, devices=1, strategy="auto"):
     L.seed_everything(5, verbose=False)
     data = data or sequence()
     task = task or made(data=data)
     trainer = L.Trainer(
-        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
+        default_root_dir=folder, max_epochs=epochs, accelerator="cpu", devices=devices, strategy=strategy,
+        logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=1,
         callbacks=[LastCheckpoint(every_n_steps=every, dirpath=str(folder)), *callbacks],
     )  # fmt: skip
@@ -248,3 +253,20 @@ def test_the_data_are_for_this_task_alone(tmp_path):
     with pytest.raises(ValueError, match="TaskSequence is for"):
         L.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
                   enable_model_summary=False, max_epochs=1).fit(TinyTask(), sequence())  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    found = {}
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        script = Path(__file__).parents[1] / "sequence_run.py"
+        command = [sys.executable, str(script), str(folder), "--devices", str(devices)]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=400)
+        found[devices] = torch.load(folder / "result.pt")
+    one, two = found[1], found[2]
+    assert torch.equal(one["matrix"].nan_to_num(-1), two["matrix"].nan_to_num(-1))
+    torch.testing.assert_close(one["sizes"], two["sizes"], equal_nan=True, rtol=1e-4, atol=1e-6)
+    for name, tensor in one["weights"].items():
+        torch.testing.assert_close(tensor, two["weights"][name], rtol=1e-4, atol=1e-5, msg=name)

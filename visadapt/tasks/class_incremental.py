@@ -290,8 +290,8 @@ class ClassIncremental(BaseTask):
     def _log(self, stage: str, found: Tensor) -> None:
         each = {f"{stage}/accuracy_task_{j + 1}": a for j, a in enumerate(found.tolist()) if not math.isnan(a)}
         figures = {f"{stage}/{name.replace(' ', '_')}": value for name, value in summary(self.matrix).items()}
-        self.log(f"{stage}/accuracy", found.nanmean(), prog_bar=True)
-        self.log_dict(each | (figures if stage == "val" else {}))
+        self.log(f"{stage}/accuracy", found.nanmean(), prog_bar=True, sync_dist=True)  # the same in every process
+        self.log_dict(each | (figures if stage == "val" else {}), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Scores (B, classes); those of classes that never came are −∞."""
