@@ -110,6 +110,18 @@ def test_a_merged_pipeline_is_loaded_again_and_compared(family, saved, here, cap
     assert VideoDiffusion("merged").build().family == family
 
 
+def test_layers_that_trained_without_adapters_are_merged(here):
+    model = VideoDiffusion(video_base()).build().requires_grad_(False)
+    trained = dict(model.temporal_parameters())
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.05).requires_grad_(True)
+    va.save(model, "full.safetensors", base_name=video_base())
+    assert run("merge", "full.safetensors", "--output", "merged") == 0
+    found = certificate(here / "merged" / "certificate.json")
+    assert found["updates"] == len({name.rpartition(".")[0] for name in trained})
+
+
 def test_what_no_stock_code_would_load_is_refused(saved, here, capsys):
     saved("unet3d")
     for format in ("diffusers", "kohya"):

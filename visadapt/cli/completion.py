@@ -15,7 +15,11 @@ OPTIONS = (
     "--trainer.devices --trainer.accelerator --trainer.precision --trainer.strategy "
     "--model.optimizer --data.batch_size --help"
 )
-TOOL_OPTIONS = "--help --output --config --backbone --checkpoint --norms --format --methods --weights --how --rank"
+TOOL_OPTIONS = (
+    "--help --output --config --backbone --checkpoint --norms --format --methods --weights --how --rank --sets "
+    "--tolerance --adapter --port --auth"
+)
+PREDICT_OPTIONS = "--adapter --images --output --prompts --seeds --backbone"
 
 BASH = """\
 # visadapt completion for bash:  eval "$(visadapt completion bash)"
@@ -25,7 +29,7 @@ _visadapt() {{
     COMPREPLY=($(compgen -W "{commands} --help --version" -- "$word"))
   elif [[ "$word" == -* ]]; then
     case "$command" in
-      predict) COMPREPLY=($(compgen -W "{options} --adapter --images --output" -- "$word")) ;;
+      predict) COMPREPLY=($(compgen -W "{options} {predict_options}" -- "$word")) ;;
       {training}) COMPREPLY=($(compgen -W "{options}" -- "$word")) ;;
       *) COMPREPLY=($(compgen -W "{tool_options}" -- "$word")) ;;
     esac
@@ -48,6 +52,7 @@ def script(shell: str) -> str:
         commands=" ".join(COMMANDS),
         training="|".join(name for name in TRAINING if name != "predict"),
         options=OPTIONS,
+        predict_options=PREDICT_OPTIONS,
         tool_options=TOOL_OPTIONS,
     )
     return bash if shell == "bash" else ZSH + bash

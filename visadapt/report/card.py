@@ -40,7 +40,11 @@ _COMMANDS = {  # by kind of task; {file} is the adapter file to take
         "visadapt export adapter.safetensors --format kohya --output lora.safetensors   # ComfyUI and others",
         "visadapt merge adapter.safetensors --output merged   # the whole pipeline",
     ],
-    "videos": ['visadapt predict --adapter {file} --prompts "a prompt" --seeds 0 1 2'],
+    "videos": [
+        'visadapt predict --adapter {file} --prompts "a prompt" --seeds 0 1 2',
+        "visadapt export {file} --format diffusers --output motion   # for AnimateDiffPipeline, certified",
+        "visadapt merge {file} --output merged   # the whole pipeline, certified",
+    ],
 }
 _WHOLE = {  # a run without adapters
     "classes": "visadapt predict --ckpt_path checkpoints/last.ckpt --images FOLDER",

@@ -123,8 +123,7 @@ def certify(
         ImportError: the library that loads the format is missing.
         ValueError: the loader refuses the file.
     """
-    words = [w.name for w in getattr(model, "new_tokens", ())]
-    settings = settings_of(model, [*prompts, *(f"a photo of {word}" for word in words)], steps)
+    settings = settings_of(model, _with_words(model, prompts), steps)
     plain = rendered(fresh(), settings)[1]
     other = fresh()
     loader, loaded = _load(other, path, format, tokens)
@@ -143,7 +142,7 @@ def certify_merged(
     model: Diffusion | VideoModel, write: Callable[[], Path], fresh: Callable[[], Diffusion | VideoModel],
     again: Callable[[Path], Diffusion | VideoModel], tolerance: float = 1e-4, steps: int = 3,
 ) -> Certificate:  # fmt: skip
-    """The same of a whole pipeline with the adapters folded in.
+    """The same of a whole pipeline with everything that was trained folded in.
 
     Args:
         model: the trained model, its adapters still beside the weights.
@@ -153,20 +152,25 @@ def certify_merged(
         tolerance: largest deviation to accept.
         steps: of the sampler.
     """
-    settings, adapted = settings_of(model, PROMPTS, steps), list(acting(model))
+    settings, adapted = settings_of(model, _with_words(model, PROMPTS), steps), set(acting(model))
     ours = rendered(model.eval(), settings)
     path = write()
     base, other = fresh(), again(path)
     found = _deviations(ours, rendered(other, settings), rendered(base, settings)[1])
     merged, loaded, before = (one.state_dict() for one in (model, other, base))
     matched = [name for name, tensor in merged.items() if name in loaded and torch.equal(tensor, loaded[name])]
-    own = {name: [f"{name}.{param}" for param in ("weight", "bias") if f"{name}.{param}" in merged] for name in adapted}
-    changed = [name for name, keys in own.items() if any(not torch.equal(merged[k], before[k]) for k in keys)]
+    same = {name for name, tensor in merged.items() if name in before and torch.equal(tensor, before[name])}
+    changed = {name.rpartition(".")[0] for name in merged.keys() - same}  # adapted layers, and what trained as it is
     return Certificate(
         path.name, "merged", "stock diffusers (DiffusionPipeline.from_pretrained)",
-        _hash(sorted(path.rglob("*.safetensors"))), len(merged), len(matched), len(adapted), len(changed), **found,
-        tolerance=tolerance, renders=settings, versions=_versions(),
+        _hash(sorted(path.rglob("*.safetensors"))), len(merged), len(matched), len(adapted | changed), len(changed),
+        **found, tolerance=tolerance, renders=settings, versions=_versions(),
     )  # fmt: skip
+
+
+def _with_words(model: Any, prompts: Sequence[str]) -> list[str]:
+    """The prompts, and one for each new word of the model."""
+    return [*prompts, *(f"a photo of {word.name}" for word in getattr(model, "new_tokens", ()))]
 
 
 def _deviations(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], plain: Tensor) -> dict[str, float]:
