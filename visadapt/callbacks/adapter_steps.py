@@ -8,6 +8,7 @@ import lightning as L
 from torch.optim import Optimizer
 
 from visadapt.core.train import after_backward, after_step, before_step
+from visadapt.optim.moments import of
 
 
 class AdapterSteps(L.Callback):
@@ -44,4 +45,4 @@ class AdapterSteps(L.Callback):
         """After a batch that made the optimiser step."""
         if self._stepped != trainer.global_step:
             self._stepped = trainer.global_step
-            after_step(pl_module)
+            after_step(pl_module, of(*trainer.optimizers))

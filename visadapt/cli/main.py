@@ -23,6 +23,7 @@ FILES = {
     "export": "write an adapter as a PEFT folder",
     "import": "read a PEFT folder into a visadapt adapter file",
     "compose": "put several adapters into one: sum, SVD, linear, ZipLoRA, Break-for-Make",
+    "truncate": "cut an adapter file to a rank: DyLoRA, SoRA, AdaLoRA, BeamLoRA become LoRA",
 }
 ABOUT = {
     "methods": "table of the methods: equation, layers, mergeable, exportable, source",

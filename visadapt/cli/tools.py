@@ -162,6 +162,23 @@ def compose(
     return 0
 
 
+def truncate(adapter: str, rank: int | None = None, output: str = "truncated.safetensors") -> int:
+    """Cut an adapter file to a rank, layer by layer: what DyLoRA or gates (SoRA, AdaLoRA, BeamLoRA) leave, as LoRA.
+
+    DyLoRA gives its first components, the others those with the largest gates; components whose gate is zero go in
+    any case, so that without a rank the update stays the same. Needs no base model.
+
+    Args:
+        adapter: Adapter file.
+        rank: Components to keep in each layer (default: DyLoRA as many as it uses, the others all that are not zero).
+        output: File to write (.safetensors).
+    """
+    from visadapt.cli.truncate import truncate_file
+
+    truncate_file(existing(adapter), Path(output), rank)
+    return 0
+
+
 def methods(markdown: bool = False) -> int:
     """Print the catalogue: equation, layer kinds, whether it merges and exports, source.
 
@@ -193,6 +210,7 @@ TOOLS: dict[str, Callable[..., int]] = {
     "export": export,
     "import": import_,
     "compose": compose,
+    "truncate": truncate,
     "methods": methods,
     "check": check,
 }

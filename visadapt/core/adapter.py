@@ -14,7 +14,7 @@ Linear, Conv1d/2d/3d or ConvTranspose, or some rows of one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from visadapt.core.site import Site
 
 Shared = TypeVar("Shared", bound=Tensor)
+# The state of one value per element that an optimiser keeps of a parameter, as views by name; empty before a step.
+Moments = Callable[[nn.Parameter], dict[str, Tensor]]
 
 
 @dataclass_transform(eq_default=False, kw_only_default=True)
@@ -38,6 +40,7 @@ class Adapter(nn.Module):
     Class attributes that a method may set:
         no_decay: names of its tensors that weight decay would harm (magnitudes, gains, biases).
         first_token: `begin_task` and `end_task` look at the first token of each sample alone.
+        training_state: names of buffers that a run needs to go on, and an adapter file does not.
 
     Attributes set by the host, unknown to the mathematics:
         name: the set that the adapter belongs to.
@@ -49,6 +52,7 @@ class Adapter(nn.Module):
 
     no_decay: ClassVar[tuple[str, ...]] = ()
     first_token: ClassVar[bool] = False
+    training_state: ClassVar[tuple[str, ...]] = ()
 
     # Annotations of this class are not fields: only subclasses become dataclasses.
     _pool: dict[str, Tensor]
@@ -97,6 +101,18 @@ class Adapter(nn.Module):
 
     def after_step(self) -> None:
         """Called after the optimiser has stepped."""
+
+    @classmethod
+    def after_step_together(cls, members: Sequence[Any], moments: Moments) -> None:
+        """Called after `after_step`, once for all adapters of a set: what they decide in common, as a budget of ranks.
+
+        Args:
+            members: the adapters of the set that are of this class, in model order.
+            moments: gives what the optimiser keeps of a parameter.
+        """
+
+    def draw(self, number: int | None) -> None:
+        """Take the random form of that number, for an ensemble in evaluation; None for the mean of them."""
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss, or None."""
@@ -181,6 +197,10 @@ class WeightMap(Adapter):
         """Down (r, fan_in, *kernel), up (width, r) and gain (width,), or None if there is no such form."""
         return None
 
+    def turn(self, x: Tensor, layer: Site) -> Tensor | None:
+        """The input x' with W' x = W x', where that is cheaper than forming W'; None, the rule, means it is not."""
+        return None
+
 
 class Delta(WeightMap):
     """W' = W + ΔW, states `delta`."""
@@ -228,6 +248,17 @@ class LowRank(Delta):
             return layer.low_rank(x, *self.factors())
         inner, kernel, up = chain
         return layer.pointwise(layer.op(layer.pointwise(x, inner), kernel), up)
+
+    def components(self, rank: int | None) -> tuple[Tensor, Tensor]:
+        """Down and up of the `rank` components that matter most; None leaves out only those that do nothing.
+
+        Raises:
+            ValueError: the components of the method have no order.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not order its components; use `visadapt export --rank` or `visadapt compose "
+            "--how svd --rank`, which take the nearest update of a rank"
+        )
 
     def onto(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """W x + b + strength · ΔW x of a frozen Linear in one operation; None, the rule, means that `side` is added."""

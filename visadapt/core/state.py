@@ -69,7 +69,8 @@ def plan(model: nn.Module, base_name: str | None = None) -> dict[str, Any]:
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of an adapter file: adapters' parameters and persistent buffers, and what else was trained."""
-    found = {k: v for k, v in model.state_dict().items() if is_adapter_key(k)}
+    spared = {f"{path}.{n}" for path, a in adapters(model).items() for n in a.training_state}
+    found = {k: v for k, v in model.state_dict().items() if is_adapter_key(k) and k not in spared}
     trained = {n for n, p in model.named_parameters() if p.requires_grad and not is_adapter_key(n)}
     state = model.state_dict()
     found |= {f"trained.{n}": state[n] for n in trained}
@@ -209,7 +210,8 @@ def find_method(qualified: str) -> type[Adapter]:
 def _fill(model: nn.Module, held: Mapping[str, Tensor], new: set[int], path: Any) -> None:
     state = model.state_dict()
     wanted = {
-        f"{p}.{n}" for p, a in adapters(model).items() if id(a) in new for n in a.state_dict()
+        f"{p}.{n}"
+        for p, a in adapters(model).items() if id(a) in new for n in a.state_dict() if n not in a.training_state
     }  # fmt: skip
     source = {k.removeprefix("trained."): v for k, v in held.items()}
     problems = [f"the file lacks '{k}'" for k in sorted(wanted - set(source))]

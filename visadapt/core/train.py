@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visadapt.core.adapter import Adapter
+from visadapt.core.adapter import Adapter, Moments
 from visadapt.core.layer import Grafted
 from visadapt.core.model import adapters
 
@@ -26,10 +26,50 @@ def after_backward(model: nn.Module) -> None:
         adapter.after_backward()
 
 
-def after_step(model: nn.Module) -> None:
-    """After the optimiser has stepped."""
+def after_step(model: nn.Module, moments: Moments = lambda parameter: {}) -> None:
+    """After the optimiser has stepped.
+
+    Args:
+        model: the adapted model.
+        moments: `visadapt.optim.moments.of(optimizer)`, for methods that move components about (BeamLoRA).
+    """
     for adapter in _with_hook(model, "after_step"):
         adapter.after_step()
+    sets: dict[tuple[str, type[Adapter]], list[Adapter]] = {}
+    for adapter in adapters(model).values():
+        sets.setdefault((adapter.name, type(adapter)), []).append(adapter)
+    for (_, method), members in sets.items():
+        method.after_step_together(members, moments)
+
+
+def ensemble(model: nn.Module, run: Callable[[], Tensor], passes: int) -> Tensor:
+    """The mean of the outputs of so many random forms of the adapters (LoRA Dropout), without gradients.
+
+    Args:
+        model: the adapted model.
+        run: calls the model.
+        passes: how many forms.
+
+    Raises:
+        ValueError: no adapter has random forms, or the output is no tensor.
+    """
+    drawing = _with_hook(model, "draw")
+    if not drawing:
+        raise ValueError("an ensemble needs adapters with random forms (LoRADropout); the model has none")
+    try:
+        with torch.no_grad():
+            total: Tensor | float = 0.0
+            for number in range(passes):
+                for adapter in drawing:
+                    adapter.draw(number)
+                output = run()
+                if not isinstance(output, Tensor):
+                    raise ValueError(f"an ensemble averages tensors, the output is a {type(output).__name__}")
+                total = total + output / passes
+    finally:
+        for adapter in drawing:
+            adapter.draw(None)
+    return total  # type: ignore[return-value]
 
 
 def next_task(model: nn.Module) -> None:

@@ -20,6 +20,12 @@ from visadapt.methods.dual_lora import DualLoRA as DualLoRA
 from visadapt.methods.non_collision import NonCollisionLoRA as NonCollisionLoRA
 from visadapt.methods.c_lora import CLoRA as CLoRA
 from visadapt.methods.codyra import CoDyRA as CoDyRA
+from visadapt.methods.so_ra import SoRA as SoRA
+from visadapt.methods.dy_lora import DyLoRA as DyLoRA
+from visadapt.methods.ada_lora import AdaLoRA as AdaLoRA
+from visadapt.methods.al_lora import ALLoRA as ALLoRA
+from visadapt.methods.lora_dropout import LoRADropout as LoRADropout
+from visadapt.methods.beam_lora import BeamLoRA as BeamLoRA
 
 METHODS: dict[str, type[_Adapter]] = {
     name: found for name, found in list(globals().items()) if isinstance(found, type) and name[0] != "_"
