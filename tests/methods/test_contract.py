@@ -28,11 +28,21 @@ PROTOTYPES = {
     "B4M content": va.B4M(rank=4, learns="content"),
     "B4M style": va.B4M(rank=3, learns="style"),
     "Hydra sequential": va.Hydra(rank=0, sequential_rank=2, bias=False),
+    "IA3 in": va.IA3(axis="in"),
+    "RandLoRA rank 2, sparse": va.RandLoRA(rank=2, bases="sparse"),
+    "MiSS rank 2": va.MiSS(rank=2),
+    "StructuredLoRA from the weight": va.StructuredLoRA(rank=2, start="weight"),
+    "StructuredLoRA intermediate": va.StructuredLoRA(rank=2, start="intermediate"),
+    "PiSSA scaled": va.PiSSA(rank=2, alpha=1),
+    "PRoLoRA shared": va.PRoLoRA(unshared=0, chunks=2),
+    "HRA orthogonal": va.HRA(rank=2, orthogonality=0.01),
 }
 
 # What cannot work, and the words by which the refusal explains itself.
 REFUSED = {
     ("B4M style", "depthwise", "*"): "no effect here",
+    ("IA3 in", "groups", "*"): "no common gain",
+    ("IA3 in", "depthwise", "*"): "no common gain",
     ("DoRA in", "groups", "*"): "no meaning on a grouped convolution",
     ("DoRA in", "depthwise", "*"): "no meaning on a grouped convolution",
     **{

@@ -201,6 +201,10 @@ class WeightMap(Adapter):
         """The input x' with W' x = W x', where that is cheaper than forming W'; None, the rule, means it is not."""
         return None
 
+    def turn(self, x: Tensor, layer: Site) -> Tensor | None:
+        """The input x' with W' x = W x', where that is cheaper than forming W'; None, the rule, means it is not."""
+        return None
+
 
 class Delta(WeightMap):
     """W' = W + ΔW, states `delta`."""

@@ -56,6 +56,8 @@ class AdaptedLayer(Grafted):
             todo = todo[1:]
         elif (whole := self._take_whole(todo, input)) is not None:
             y, todo = whole, todo[1:]
+        elif (turned := self._take_turned(todo, input)) is not None:
+            y, todo = super().forward(turned, *args, **kwargs), todo[1:]
         elif todo and not _acts_on_output(todo[0]):
             maps = [a for a in todo if not _acts_on_output(a)]
             todo = todo[len(maps) :]
@@ -80,6 +82,13 @@ class AdaptedLayer(Grafted):
             return None
         frozen = ops.is_plain(self) and not self.weight.requires_grad
         return todo[0].onto(x, self.weight, self.bias) if frozen else None
+
+    def _take_turned(self, todo: list[Adapter], x: Tensor) -> Tensor | None:
+        # The input that the adapter at the front makes of x, if no other replaces the weight.
+        if not todo or not isinstance(todo[0], WeightMap) or todo[0].rows is not None or todo[0].strength != 1:
+            return None
+        alone = all(_acts_on_output(a) for a in todo[1:])
+        return todo[0].turn(x, _site(self, todo[0])) if alone else None
 
     def _take_parts(self, todo: list[Adapter]) -> tuple[list[Part], list[Adapter]]:
         # The adapters at the front that the fused operation can do, and the others.
