@@ -32,6 +32,7 @@ class DualLoRA(FeatureMap):
     """
 
     first_token: ClassVar[bool] = True
+    training_state = ("memory",)
 
     rank: int = 8
     bases: int = 16

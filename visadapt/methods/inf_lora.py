@@ -28,6 +28,8 @@ class InfLoRA(TaskStack):
         last: after the last one; in between it rises evenly.
     """
 
+    training_state = ("memory",)
+
     first: float = 0.95
     last: float = 1.0
 
