@@ -26,6 +26,7 @@ FILES = {
     "truncate": "cut an adapter file to a rank: DyLoRA, SoRA, AdaLoRA, BeamLoRA become LoRA",
 }
 ABOUT = {
+    "app": "start a demo in the browser: visadapt app classify | segment | adapters",
     "methods": "table of the methods: equation, layers, mergeable, exportable, source",
     "check": "run the property grid of the methods on this machine",
     "completion": "print the shell completion: visadapt completion bash | zsh",
@@ -125,6 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # Threads that spin while they wait for each other make a tiny model several times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if command == "app":
+        from visadapt.cli.app import run as run_app
+
+        return run_app(rest)
     if command not in TRAINING:
         from visadapt.cli.tools import run as run_tool
 

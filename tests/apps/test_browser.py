@@ -1,0 +1,131 @@
+"""Each app in headless Chromium: load, upload, click, result, error, download; nothing leaves the machine.
+
+VISADAPT_SCREENSHOTS=docs/images writes the pictures of the documents, VISADAPT_RUNS=runs takes trained adapters.
+"""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="apps need Gradio: pip install 'visadapt[apps]'")
+sync = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is missing: apt-get install chromium"),
+]
+WAIT = 60_000  # milliseconds; the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that notes every request; none may go to another host."""
+    made = browser.new_page(viewport={"width": 1280, "height": 860})
+    made.set_default_timeout(WAIT)
+    asked, failed = [], []
+    made.on("request", lambda request: asked.append(request.url))
+    made.on("pageerror", lambda error: failed.append(str(error)))
+    yield made
+    hosts = {urlsplit(url).hostname for url in asked if urlsplit(url).scheme not in ("data", "blob")}
+    made.close()
+    assert hosts == {"127.0.0.1"}
+    assert not failed
+
+
+def picture(page, name: str) -> None:
+    if folder := os.environ.get("VISADAPT_SCREENSHOTS"):
+        page.wait_for_timeout(1500)
+        page.screenshot(path=f"{folder}/app_{name}.png", full_page=True)
+        image = Image.open(f"{folder}/app_{name}.png").convert("RGB").quantize(128)
+        image.save(f"{folder}/app_{name}.png", optimize=True)
+
+
+def upload(page, *paths) -> None:
+    page.locator("input[type=file]:visible, input[type=file]").first.set_input_files([str(path) for path in paths])
+
+
+def complains(page, text: str) -> None:
+    toast = page.locator(".toast-body").filter(has_text=text)
+    toast.first.wait_for()
+
+
+def broken(folder: Path) -> Path:
+    (folder / "broken.png").write_text("not a picture")
+    return folder / "broken.png"
+
+
+def test_classify(page, served, tmp_path):
+    page.goto(served("classify"))
+    page.locator("#examples button img").nth(3).click()
+    page.locator("#adapted").get_by_text("%").first.wait_for()
+    assert page.locator("#base").get_by_text("%").count() >= 5
+    picture(page, "classify")
+    before = page.locator("#adapted").inner_text()
+    page.locator("input[type=number]").first.fill("0")
+    page.get_by_role("button", name="Classify").click()
+    page.wait_for_function("before => document.querySelector('#adapted').innerText !== before", arg=before)
+    assert page.locator("#adapted").inner_text().split()[1:] == page.locator("#base").inner_text().split()[1:]
+    page.get_by_label("Clear").first.click()
+    upload(page, broken(tmp_path))
+    complains(page, "this is no picture")
+
+
+def test_segment(page, served, tmp_path):
+    page.goto(served("segment"))
+    page.locator("#examples_automatic button img").first.click()
+    page.get_by_text("railway_0.png").first.wait_for()
+    page.get_by_role("button", name="Find").click()
+    page.get_by_text("of the pixels are").wait_for()
+    page.locator("#mask img").first.wait_for()
+    picture(page, "segment")
+    page.get_by_role("tab", name="Clicks and boxes").click()
+    page.locator("#examples_clicked button img").nth(1).click()
+    canvas = page.locator("#canvas img")
+    canvas.wait_for()
+    canvas.click(position={"x": 100, "y": 100})
+    link = page.locator("a[download$='mask.png']:visible")
+    link.first.wait_for()
+    with page.expect_download() as found:
+        link.first.click()
+    mask = np.asarray(Image.open(found.value.path()))
+    assert mask.shape == (384, 384)
+    assert 0 < (mask > 0).mean() < 1
+    picture(page, "segment_clicks")
+    page.locator("button[aria-label='Clear']:visible, button[aria-label='Remove this file']:visible").first.click()
+    page.locator("input[type=file]").nth(1).set_input_files(str(broken(tmp_path)))
+    complains(page, "this is no picture")
+
+
+def test_adapters(page, served, digits_adapter, tmp_path):
+    page.goto(served("adapters"))
+    page.locator("#sample").click()
+    page.get_by_text(".safetensors").first.wait_for()
+    page.get_by_role("button", name="Inspect").click()
+    page.get_by_text("visadapt adapter").first.wait_for()
+    page.locator("#norms img").wait_for()
+    page.get_by_role("button", name="Convert").click()
+    link = page.locator("#result a[download]")
+    link.first.wait_for()
+    picture(page, "adapters")
+    with page.expect_download() as found:
+        link.first.click()
+    assert any(name.endswith("adapter_config.json") for name in zipfile.ZipFile(found.value.path()).namelist())
+    page.get_by_label("Clear").first.click()
+    (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04.")
+    upload(page, tmp_path / "evil.safetensors")
+    complains(page, "hidden under the name .safetensors")

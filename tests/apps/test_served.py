@@ -1,0 +1,135 @@
+"""The apps as programs meet them: gradio_client, raw requests, limits and a password."""
+
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+
+from apps import _safety, _server, adapters, classify
+from tests.apps.test_safety import image
+from visadapt.cli.errors import UserError
+
+gradio = pytest.importorskip("gradio", reason="apps need Gradio: pip install 'visadapt[apps]'")
+gradio_client = pytest.importorskip("gradio_client")
+Client, handle_file, AppError = gradio_client.Client, gradio_client.handle_file, gradio_client.exceptions.AppError
+clients = {}
+
+
+@pytest.fixture
+def client(served):
+    def connected(name):
+        if name not in clients:
+            clients[name] = Client(served(name), verbose=False)
+        return clients[name]
+
+    return connected
+
+
+def uploads() -> list[str]:
+    """Files that visitors have left."""
+    root = _server.temporary()
+    return [p.name for p in root.rglob("*") if p.is_file() and "results" not in p.relative_to(root).parts]
+
+
+def test_classify_answers_and_refuses(client, tmp_path):
+    _, base, adapted = client("classify").predict(handle_file(image(tmp_path / "a.png")), 1.0, api_name="/classify")
+    assert len(base["confidences"]) == len(adapted["confidences"]) == 5
+    assert base["label"].isdigit()
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(AppError, match="text.png: this is no picture"):
+        client("classify").predict(handle_file(tmp_path / "text.png"), 1.0, api_name="/classify")
+    assert "text.png" not in uploads(), "a refused upload is gone"
+    assert all(path.stat().st_size for path in _server.temporary().iterdir() if path.is_file())
+
+
+def test_segment_by_tiles_and_by_coordinates(client, tmp_path):
+    picture = handle_file(image(tmp_path / "a.png"))
+    overlay, files, told = client("segment").predict(picture, 1.0, 0.25, 0.6, api_name="/segment")
+    assert overlay.endswith(".png")
+    assert files[0].endswith("a_mask.png")
+    assert "of the pixels" in told
+    overlay, files = client("segment").predict(picture, [[10, 10, 1]], None, 0.6, api_name="/click")
+    assert files[0].endswith("a_mask.png")
+    with pytest.raises(AppError, match="no click yet"):
+        client("segment").predict(picture, None, None, 0.6, api_name="/click")
+
+
+def test_adapters_tells_and_converts(client, digits_adapter, tmp_path):
+    files = [handle_file(str(digits_adapter))]
+    table, picture, _ = client("adapters").predict(files, api_name="/inspect")
+    assert ["kind", "visadapt adapter"] in table["data"]
+    assert picture.endswith(".png")
+    result, told = client("adapters").predict(files, "peft", adapters.STATED, 0, api_name="/convert")
+    assert result.endswith("ink_peft.zip")
+    assert "exact" in told
+    (tmp_path / "a.safetensors").write_bytes(b"\x80\x04.")
+    with pytest.raises(AppError, match="hidden under the name .safetensors"):
+        client("adapters").predict([handle_file(tmp_path / "a.safetensors")], api_name="/inspect")
+    assert "a.safetensors" not in uploads()
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", "pyproject.toml", "http://192.0.2.1/a.png", "file:///etc/passwd"])
+def test_a_path_or_an_address_is_no_upload(client, place):
+    """What a client says of a file that it never uploaded: refused, and no request is made for it."""
+    file = {"path": place, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
+    with pytest.raises((AppError, ValueError)) as caught:
+        client("classify").submit(file, 1.0, api_name="/classify").result(timeout=20)
+    assert "root:" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "pyproject.toml", "visadapt/__init__.py"])
+def test_files_of_the_machine_are_not_served(served, path):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{served('classify')}gradio_api/file={path}", timeout=10)
+    assert caught.value.code in (403, 404)
+
+
+def test_no_input_is_a_text_box(served):
+    for name in ("classify", "segment", "adapters"):
+        config = json.load(urllib.request.urlopen(f"{served(name)}config", timeout=10))
+        assert not [c["type"] for c in config["components"] if c["type"] in ("textbox", "code", "multimodaltextbox")]
+        assert config["analytics_enabled"] is False
+
+
+def test_a_password_and_a_limit_hold(monkeypatch):
+    monkeypatch.setattr(_safety, "MOST_BYTES", 1000)
+    blocks, address = _server.launch(classify.build(), auth=("me", "secret"), block=False)
+    try:
+        for place in ("config", "gradio_api/file=/etc/passwd"):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(f"{address}{place}", timeout=10)
+            assert caught.value.code == 401
+        me = Client(address, auth=("me", "secret"), verbose=False)
+        body = (
+            b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+            + bytes(5000)
+            + b"\r\n--x--"
+        )
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        headers["Cookie"] = "; ".join(f"{k}={v}" for k, v in dict(me.cookies).items())
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", body, headers), timeout=10)
+        assert caught.value.code == 413
+        assert blocks.max_file_size == 1000
+        assert address.startswith("http://127.0.0.1:")
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_a_handler_that_fails_for_another_reason_is_not_explained_away(tmp_path):
+    def broken(path):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        _server.told(broken)("a")
+
+    def refused(path):
+        raise UserError("a.png", "this is no picture", "pictures are pictures")
+
+    upload = _server.temporary() / "x" / "a.png"
+    upload.parent.mkdir()
+    upload.write_text("x")
+    with pytest.raises(gradio.Error, match="a.png: this is no picture. Pictures are pictures."):
+        _server.told(refused, _server.one)(str(upload))
+    assert not upload.parent.exists()
