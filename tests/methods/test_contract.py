@@ -28,6 +28,11 @@ PROTOTYPES = {
     "B4M content": va.B4M(rank=4, learns="content"),
     "B4M style": va.B4M(rank=3, learns="style"),
     "Hydra sequential": va.Hydra(rank=0, sequential_rank=2, bias=False),
+    "DyLoRA use 2": va.DyLoRA(rank=3, use=2, last_only=True),
+    "ALLoRA step": va.ALLoRA(scales="step", eta=2.0),
+    "PRILoRA at each step": va.PRILoRA(rank=3, interval=1),
+    "PRILoRA, ranks alone": va.PRILoRA(rank=2, alpha=1, prune=0),
+    "RACLoRA down": va.RACLoRA(alpha=3, sampled="down"),
     "IA3 in": va.IA3(axis="in"),
     "RandLoRA rank 2, sparse": va.RandLoRA(rank=2, bases="sparse"),
     "MiSS rank 2": va.MiSS(rank=2),
@@ -51,6 +56,11 @@ REFUSED = {
         for prop in ("merge", "several adapters")  # the latter merges too
     },
     **{
+        (method, host, "*"): "inputs are not seen"
+        for method in ("PRILoRA at each step", "PRILoRA/")  # "/": the name alone
+        for host in ("Linear weight view", "MultiheadAttention")
+    },
+    **{
         (method, host, "*"): "changes outputs"
         for method in ("Hydra", "SSF")
         for host in ("Linear weight view", "MultiheadAttention")
@@ -60,7 +70,7 @@ REFUSED = {
 
 def expected_refusal(method: str, host: str, prop: str) -> str | None:
     for (m, h, p), words in REFUSED.items():
-        if method.startswith(m) and h in host and p in ("*", prop):
+        if f"{method}/".startswith(m) and h in host and p in ("*", prop):
             return words
     return None
 

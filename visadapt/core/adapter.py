@@ -48,6 +48,7 @@ class Adapter(nn.Module):
         view: whether it acts where that parameter is read, not where the host is called.
         rows: the output rows it owns, or None for all.
         strength: 0 leaves the base, 1 applies the method; the host interpolates.
+        depth: from 0 in the first block of its set to 1 in the last one.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ()
@@ -61,6 +62,7 @@ class Adapter(nn.Module):
     view: bool
     rows: tuple[int, int] | None
     strength: float
+    depth: float
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -79,6 +81,7 @@ class Adapter(nn.Module):
         self.view = False
         self.rows = None
         self.strength = 1.0
+        self.depth = 0.5
         return self
 
     # --- stated by methods -------------------------------------------------------------
@@ -195,10 +198,6 @@ class WeightMap(Adapter):
 
     def scaled_factors(self, layer: Site) -> tuple[Tensor, Tensor, Tensor] | None:
         """Down (r, fan_in, *kernel), up (width, r) and gain (width,), or None if there is no such form."""
-        return None
-
-    def turn(self, x: Tensor, layer: Site) -> Tensor | None:
-        """The input x' with W' x = W x', where that is cheaper than forming W'; None, the rule, means it is not."""
         return None
 
     def turn(self, x: Tensor, layer: Site) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visadapt.core.adapter import Adapter
+from visadapt.core.depth import depths
 from visadapt.core.layer import Grafted, fold, graft, prune, refuse_graft
 from visadapt.core.site import Site, stored
 from visadapt.core.summary import Row, Summary
@@ -68,7 +69,8 @@ def adapt(
         raise ValueError(f"set name {name!r}: use letters, digits and '-' only")
     sites = [(t, _key(name, t)) for t in resolve(model, targets, exclude)]
     pool: dict[str, Tensor] = {}
-    made = [(target, key, _make(method, target, key, name, pool)) for target, key in sites]
+    deep = depths([t.name for t, _ in sites])
+    made = [(t, key, _make(method, t, key, name, pool, depth)) for (t, key), depth in zip(sites, deep)]
     if dry_run:
         print(Summary([_row(t.label, a) for t, _, a in made], sum(p.numel() for p in model.parameters())))
         return model
@@ -89,8 +91,9 @@ def _key(name: str, target: Target) -> str:
     )
 
 
-def _make(method: Adapter, target: Target, key: str, name: str, pool: dict[str, Tensor]) -> Adapter:
+def _make(method: Adapter, target: Target, key: str, name: str, pool: dict[str, Tensor], depth: float) -> Adapter:
     adapter = method.clone(**target.overrides)
+    adapter.depth = depth
     adapter.name, adapter.param, adapter.rows, adapter.view = name, target.param, target.rows, target.view
     site = Site(target.module, target.param, target.rows)
     reason = adapter.refuse(site) or refuse_graft(target.module, adapter)

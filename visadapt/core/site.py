@@ -76,6 +76,11 @@ class Site:
         bias = None if bias is None else bias.to(y.dtype)
         return ops.pointwise(self.layer, y, weight.to(y.dtype), bias)
 
+    def input_norms(self, x: Tensor) -> Tensor:
+        """Norm of each input (in_shape[0],) over samples, positions and groups."""
+        flat = x.detach().float().movedim(ops.channel_dim(self.layer), -1).flatten(0, -2)
+        return flat.square().sum(0).view(self.groups, -1).sum(0).sqrt()
+
     def per_channel(self, vector: Tensor) -> Tensor:
         """A vector (width,) shaped to broadcast over the channels of y."""
         return vector.view(-1, *[1] * (-1 - ops.channel_dim(self.layer)))

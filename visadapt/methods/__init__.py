@@ -38,6 +38,9 @@ from visadapt.methods.ada_lora import AdaLoRA as AdaLoRA
 from visadapt.methods.al_lora import ALLoRA as ALLoRA
 from visadapt.methods.lora_dropout import LoRADropout as LoRADropout
 from visadapt.methods.beam_lora import BeamLoRA as BeamLoRA
+from visadapt.methods.pri_lora import PRILoRA as PRILoRA
+from visadapt.methods.rac_lora import RACLoRA as RACLoRA
+from visadapt.methods.xgb_lora import XGBLoRA as XGBLoRA
 
 METHODS: dict[str, type[_Adapter]] = {
     name: found for name, found in list(globals().items()) if isinstance(found, type) and name[0] != "_"
