@@ -8,6 +8,9 @@ from torch import nn
 
 import visadapt as va
 
+# A method of each kind of low-rank form; that what a method states is its update is a property of the grid.
+FORMS = ["LoRA", "FLoRA", "WaRA", "LoHa", "LoKr", "B4M", "SDLoRA"]
+
 
 def tiny_vit(num_classes: int = 10, seed: int = 0) -> nn.Module:
     """A ViT of 33 k parameters: 32×32 images, 16 tokens, two blocks."""

@@ -7,11 +7,9 @@ import torch
 
 import visadapt as va
 from tests.interop.conftest import largest, outputs, shapes
-from tests.tiny import moved
-from visadapt.core.adapter import LowRank
+from tests.tiny import FORMS, moved
 from visadapt.interop.diffusers_file import FILE
 
-LOW_RANK = [name for name, cls in va.METHODS.items() if issubclass(cls, LowRank)]
 # Attention, feed-forward, residual and sampling convolutions, both ends, embeddings, text attention and MLP.
 EVERYWHERE = [
     "unet.*.to_q",
@@ -40,8 +38,8 @@ def effect(model, fresh):
 
 
 @pytest.mark.parametrize("layout", ["sd", "sdxl"])
-@pytest.mark.parametrize("name", [*LOW_RANK, "DoRA"])
-def test_every_method_is_exact_in_the_stock_pipeline(name, layout, base, pipeline, tmp_path):
+@pytest.mark.parametrize("name", [*FORMS, "DoRA"])
+def test_every_form_is_exact_in_the_stock_pipeline(name, layout, base, pipeline, tmp_path):
     model = adapted(base(layout), va.METHODS[name](rank=3))
     assert effect(model, base(layout)) > 1e-2
     assert va.export(model, tmp_path, format="diffusers") == 0.0

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import visadapt as va
 from tests.interop.conftest import largest, outputs
-from tests.interop.test_diffusers_file import EVERYWHERE, LOW_RANK, adapted
+from tests.interop.test_diffusers_file import EVERYWHERE, adapted
+from tests.tiny import FORMS
 from visadapt.interop.kohya import model_hash
 from visadapt.interop.kohya_names import written_names
 
@@ -32,7 +33,7 @@ def metadata(path):
 
 
 @pytest.mark.parametrize("layout", ["sd", "sdxl"])
-@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("name", FORMS)
 def test_plain_files_are_exact_in_the_stock_pipeline(name, layout, base, pipeline, tmp_path):
     also = ["unet.add_embedding.linear_1", "text_encoder_2.*.out_proj"] if layout == "sdxl" else ["text_encoder.*.fc2"]
     model = adapted(base(layout), va.METHODS[name](rank=3), [*EVERYWHERE, *also])

@@ -5,10 +5,7 @@ import torch
 from torch import nn
 
 import visadapt as va
-from tests.tiny import images, moved, tiny_vit
-from visadapt.core.adapter import LowRank
-
-LOW_RANK = [name for name, cls in va.METHODS.items() if issubclass(cls, LowRank)]
+from tests.tiny import FORMS, images, moved, tiny_vit
 
 
 def stock(path):
@@ -17,8 +14,8 @@ def stock(path):
 
 
 @pytest.mark.parametrize("targets", [["attn.qkv:q", "attn.qkv:v"], ["attention", "mlp", "patch_embed.proj"]], ids=str)
-@pytest.mark.parametrize("name", LOW_RANK)
-def test_every_low_rank_method_is_exact_in_stock_peft(name, targets, tmp_path):
+@pytest.mark.parametrize("name", FORMS)
+def test_every_low_rank_form_is_exact_in_stock_peft(name, targets, tmp_path):
     model = moved(va.adapt(tiny_vit(), va.METHODS[name](), targets)).eval()
     assert va.export(model, tmp_path / "peft") == 0.0
     torch.testing.assert_close(stock(tmp_path / "peft")(images()), model(images()), rtol=1e-4, atol=1e-4)
