@@ -189,7 +189,7 @@ def _clicked_tab(gr: Any, model: Clicked, sheets: Sequence[Path]) -> None:
     numbers = [gr.JSON(visible=False, label=label) for label in ("points", "box")]  # for programs, not for people
     gr.Button(visible=False).click(
         _server.told(by_points, lambda path, *rest: _server.one(path)),
-        [upload, *numbers, opacity], [overlay, files], api_name="click",
+        [upload, *numbers, opacity], [overlay, files], api_name="coordinates",
     )  # fmt: skip
     _choose(gr, gallery, sheets, upload)
 

@@ -49,10 +49,10 @@ def test_segment_by_tiles_and_by_coordinates(client, tmp_path):
     assert overlay.endswith(".png")
     assert files[0].endswith("a_mask.png")
     assert "of the pixels" in told
-    overlay, files = client("segment").predict(picture, [[10, 10, 1]], None, 0.6, api_name="/click")
+    overlay, files = client("segment").predict(picture, [[10, 10, 1]], None, 0.6, api_name="/coordinates")
     assert files[0].endswith("a_mask.png")
     with pytest.raises(AppError, match="no click yet"):
-        client("segment").predict(picture, None, None, 0.6, api_name="/click")
+        client("segment").predict(picture, None, None, 0.6, api_name="/coordinates")
 
 
 def test_adapters_tells_and_converts(client, digits_adapter, tmp_path):
@@ -69,13 +69,23 @@ def test_adapters_tells_and_converts(client, digits_adapter, tmp_path):
     assert "a.safetensors" not in uploads()
 
 
-@pytest.mark.parametrize("place", ["/etc/passwd", "pyproject.toml", "http://192.0.2.1/a.png", "file:///etc/passwd"])
-def test_a_path_or_an_address_is_no_upload(client, place):
-    """What a client says of a file that it never uploaded: refused, and no request is made for it."""
-    file = {"path": place, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
-    with pytest.raises((AppError, ValueError)) as caught:
-        client("classify").submit(file, 1.0, api_name="/classify").result(timeout=20)
-    assert "root:" not in str(caught.value)
+def asked(address: str, api: str, data: list) -> str:
+    """What the server answers to a request that no client of ours would make."""
+    body = json.dumps({"data": data}).encode()
+    request = urllib.request.Request(f"{address}gradio_api/call/{api}", body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request, timeout=20))["event_id"]
+    return urllib.request.urlopen(f"{address}gradio_api/call/{api}/{event}", timeout=60).read().decode()
+
+
+@pytest.mark.parametrize(
+    "place", ["/etc/passwd", "docs/images/quickstart.png", "http://192.0.2.1/a.png", "file:///etc/passwd", None]
+)
+def test_a_path_or_an_address_is_no_upload(served, place):
+    """A file that was never uploaded is refused, and no request is made for it."""
+    said = {"path": place, "url": "http://192.0.2.1/b.png", "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    answer = asked(served("classify"), "classify", [said if place else "docs/images/quickstart.png", 1.0])
+    assert "event: error" in answer
+    assert "confidences" not in answer
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "pyproject.toml", "visadapt/__init__.py"])
