@@ -21,6 +21,10 @@ from visadapt.methods.prolora import PRoLoRA as PRoLoRA
 from visadapt.methods.oft import OFT as OFT
 from visadapt.methods.oft import BOFT as BOFT
 from visadapt.methods.hra import HRA as HRA
+from visadapt.methods.fourier_ft import FourierFT as FourierFT
+from visadapt.methods.wave_ft import WaveFT as WaveFT
+from visadapt.methods.dv_lora import DVLoRA as DVLoRA
+from visadapt.methods.loldu import LoLDU as LoLDU
 from visadapt.methods.salt import SALT as SALT
 from visadapt.methods.hydra import Hydra as Hydra
 from visadapt.methods.ssf import SSF as SSF
