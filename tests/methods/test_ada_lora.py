@@ -36,7 +36,7 @@ def test_the_penalty_wants_orthonormal_vectors(host):
 def two(**fields):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
-    return va.adapt(model, va.AdaLoRA(rank=4, target=2, orthogonality=0.0, interval=2, **fields), "all")
+    return va.adapt(model, va.AdaLoRA(rank=4, keep=0.5, orthogonality=0.0, interval=2, **fields), "all")
 
 
 def run(model, steps, total, watch=lambda step: None, start=0):
@@ -104,5 +104,7 @@ def test_without_an_end_there_is_no_budget():
     model = move(two())
     with pytest.raises(ValueError, match="needs an end"):
         before_step(model, 0)
+    with pytest.raises(ValueError, match="keep=0"):
+        place("linear", va.AdaLoRA(keep=0))
     after_step(model)
     assert all(a.gain.all() for a in va.adapters(model).values()), "a loop without `before_step` cuts nothing"

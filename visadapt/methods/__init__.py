@@ -45,6 +45,7 @@ from visadapt.methods.beam_lora import BeamLoRA as BeamLoRA
 from visadapt.methods.pri_lora import PRILoRA as PRILoRA
 from visadapt.methods.rac_lora import RACLoRA as RACLoRA
 from visadapt.methods.xgb_lora import XGBLoRA as XGBLoRA
+from visadapt.methods.diffo_ra import DiffoRA as DiffoRA
 
 METHODS: dict[str, type[_Adapter]] = {
     name: found for name, found in list(globals().items()) if isinstance(found, type) and name[0] != "_"

@@ -19,7 +19,7 @@ class AdaLoRA(Gated):
     P (out, rank), Q (rank, in, *kernel) ~ N(0, 0.02²) and λ (rank,) zero at start. Loss + orthogonality · (‖PᵀP − I‖² +
     ‖Q Qᵀ − I‖²). Importance of an entry w is Ī Ū: means over steps of I = |w ∂L/∂w| and of |I − Ī|; of a component,
     that of its λ plus the mean over its column of P and over its row of Q. The budget b(t) stays at the sum of `rank`
-    during `warmup`, falls with the cube of what is left of the way and has reached the sum of `target` when `cooldown`
+    during `warmup`, falls with the cube of what is left of the way, and is at the share `keep` of it once `cooldown`
     begins; then importances stay as they are. A λ at zero may come back as long as the budget moves.
 
     Zhang et al. 2023, arXiv 2303.10512, code: github.com/QingruZhang/AdaLoRA (19e47de). The code takes the mean over
@@ -28,7 +28,7 @@ class AdaLoRA(Gated):
     Args:
         rank: components of each layer to start from.
         alpha: numerator of the scale; None means `rank`.
-        target: components of each layer in the end, on average over the set.
+        keep: share of the components of all layers that stay in the end; the paper halves them or takes 12 to 8.
         orthogonality: weight of the penalty, summed over the layers.
         warmup: share of the steps in which all components stay.
         cooldown: share of the steps at the end with the final budget.
@@ -40,7 +40,7 @@ class AdaLoRA(Gated):
     training_state = ("mean_down", "mean_up", "mean_gain", "spread_down", "spread_up", "spread_gain")
 
     rank: int = 12
-    target: float = 8.0
+    keep: float = 2 / 3
     orthogonality: float = 0.1
     warmup: float = 0.1
     cooldown: float = 0.5
@@ -56,6 +56,10 @@ class AdaLoRA(Gated):
             self.register_buffer(f"mean_{name}", torch.zeros_like(parameter.data))
             self.register_buffer(f"spread_{name}", torch.zeros_like(parameter.data))
         self.budget: tuple[float, bool] | None = None
+
+    def refuse(self, layer: Site) -> str | None:
+        """A budget that leaves nothing, or that grows."""
+        return None if 0 < self.keep <= 1 else f"keep={self.keep}: a share above 0, up to 1"
 
     def gates(self) -> Tensor:
         """The values λ."""
@@ -105,7 +109,7 @@ class AdaLoRA(Gated):
         """Set to zero what is not among the most important components of all layers."""
         if members[0].budget is None or not members[0].budget[1]:
             return
-        full, aim = sum(m.rank for m in members), sum(min(m.rank, m.target) for m in members)
+        full, aim = sum(m.rank for m in members), sum(m.rank * m.keep for m in members)
         kept = round(aim + (full - aim) * members[0].budget[0])
         order = torch.cat([m.importance() for m in members]).argsort(descending=True, stable=True)
         stays = torch.zeros(full, dtype=torch.bool, device=order.device)
