@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -55,7 +56,7 @@ def save_mp4(frames: Sequence[Image.Image], path: Path, fps: float) -> bool:
     width, height = (side // 2 * 2 for side in frames[0].size)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with replacing(path) as temporary, av.open(str(temporary), mode="w", format="mp4") as file:
-        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream: Any = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "18"} if codec == "libx264" else {"qscale": "3"}
         for frame in frames:

@@ -145,7 +145,7 @@ def task_matrix(matrix: np.ndarray, names: Sequence[str]) -> Figure:
     fig = figure(max(4.6, 1.9 + 0.62 * tasks), max(3.4, 1.4 + 0.5 * tasks))
     axes = fig.add_subplot()
     image = axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.argwhere(~np.isnan(matrix)) if tasks <= 20 else ():
+    for row, column in np.argwhere(~np.isnan(matrix)):
         value = matrix[row, column]
         colour = "white" if value > 0.55 else INK
         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9)
@@ -161,7 +161,7 @@ def task_matrix(matrix: np.ndarray, names: Sequence[str]) -> Figure:
 def task_lines(values: np.ndarray, title: str) -> Figure:
     """A line for each task (column) over the tasks that have been learned (rows); nan where there is none."""
     fig = figure(5.2, 3.4)
-    axes = fig.add_subplot()
+    axes: Any = fig.add_subplot()
     for column in range(values.shape[1]):
         axes.plot(range(1, len(values) + 1), values[:, column], marker="o", markersize=4, label=f"task {column + 1}")
     axes.set_xlabel("after task")
