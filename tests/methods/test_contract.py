@@ -28,6 +28,9 @@ PROTOTYPES = {
     "B4M content": va.B4M(rank=4, learns="content"),
     "B4M style": va.B4M(rank=3, learns="style"),
     "Hydra sequential": va.Hydra(rank=0, sequential_rank=2, bias=False),
+    "LoCA phases": va.LoCA(count=8, moving=12, value_steps=2, place_steps=2),
+    "Bottleneck parallel": va.Bottleneck(place="parallel", activation="gelu", scale=0.5),
+    "Compacter inner": va.Compacter(rank=6, inner=2),
     "FourierFT 20": va.FourierFT(count=20),
     "WaveFT 20, db2": va.WaveFT(count=20, wavelet="db2"),
     "DVLoRA one phase": va.DVLoRA(rank=2, warmup=None, start="uniform"),
@@ -49,6 +52,18 @@ PROTOTYPES = {
 # What cannot work, and the words by which the refusal explains itself.
 REFUSED = {
     ("B4M style", "depthwise", "*"): "no effect here",
+    ("Bottleneck parallel", "groups", "*"): "grouped convolution",
+    ("Bottleneck parallel", "depthwise", "*"): "grouped convolution",
+    **{
+        (method, host, "*"): "changes outputs"
+        for method in ("Bottleneck", "Compacter", "NICE")
+        for host in ("Linear weight view", "MultiheadAttention")
+    },
+    **{
+        (method, "", prop): "not affine"  # every layer kind
+        for method in ("Bottleneck", "Compacter", "NICE")
+        for prop in ("merge", "several adapters")
+    },
     ("IA3 in", "groups", "*"): "no common gain",
     ("IA3 in", "depthwise", "*"): "no common gain",
     ("DoRA in", "groups", "*"): "no meaning on a grouped convolution",
@@ -68,6 +83,11 @@ REFUSED = {
         for method in ("Hydra", "SSF")
         for host in ("Linear weight view", "MultiheadAttention")
     },
+    **{
+        (method, host, "*"): "use Linear layers" for method in ("InfLoRA", "DualLoRA") for host in ("Conv", "Multihead")
+    },
+    ("DualLoRA", "Linear weight view", "*"): "changes outputs",
+    **{("DualLoRA", "Linear", prop): "is not affine" for prop in ("merge", "several adapters")},
 }
 
 
