@@ -57,6 +57,11 @@ class Site:
         """Input positions per application of the kernel: 1 for a Linear and for transposed convolutions."""
         return ops.stride_of(self.layer) if self.param == "weight" else 1
 
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of x and y that holds channels, from the end."""
+        return ops.channel_dim(self.layer)
+
     def cut(self, tensor: Tensor) -> Tensor:
         """The site's rows of a tensor whose first dimension is the layer's outputs."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]

@@ -25,6 +25,10 @@ from visadapt.methods.fourier_ft import FourierFT as FourierFT
 from visadapt.methods.wave_ft import WaveFT as WaveFT
 from visadapt.methods.dv_lora import DVLoRA as DVLoRA
 from visadapt.methods.loldu import LoLDU as LoLDU
+from visadapt.methods.loca import LoCA as LoCA
+from visadapt.methods.bottleneck import Bottleneck as Bottleneck
+from visadapt.methods.compacter import Compacter as Compacter
+from visadapt.methods.nice import NICE as NICE
 from visadapt.methods.salt import SALT as SALT
 from visadapt.methods.hydra import Hydra as Hydra
 from visadapt.methods.ssf import SSF as SSF
