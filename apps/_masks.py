@@ -21,6 +21,7 @@ from visadapt.report.polygons import write_polygons
 from visadapt.report.sheet_files import Mask, PngMask, TiffMask
 from visadapt.report.tiled import probability_rows, tiling
 
+SCENES = (13, 4)  # numbers of the examples to click on
 SEEN = 1024  # longest side of what the browser shows
 Progress = Callable[[int, int], object]  # tiles done, tiles in all
 
@@ -197,7 +198,7 @@ def marked(picture: np.ndarray, points: Sequence[tuple[int, int, int]], corners:
     from PIL import ImageDraw
 
     image = Image.fromarray(picture)
-    draw, size = ImageDraw.Draw(image), max(2, round(max(image.size) / 90))
+    draw, size = ImageDraw.Draw(image), max(2, round(max(image.size) / 60))
     for x, y, kind in points:
         ellipse = (x - size, y - size, x + size, y + size)
         draw.ellipse(ellipse, fill=overlay.RIGHT if kind else overlay.FALSE, outline="white")
@@ -212,6 +213,17 @@ def box_of(corners: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of two opposite corners."""
     (a, b), (c, d) = corners
     return min(a, c), min(b, d), max(a, c), max(b, d)
+
+
+def scenes(folder: Path, side: int = 256) -> list[Path]:
+    """Pictures with objects to click on, of the kind that the shipped SAM knows, from its held-out stream."""
+    from visadapt.data.shapes import draw_scene
+
+    found = []
+    for index in SCENES:
+        found.append(folder / f"scene_{index}.png")
+        Image.fromarray(draw_scene(99, index, side, train=False)[0]).save(found[-1])
+    return found
 
 
 def examples(folder: Path, side: int = 384) -> list[Path]:

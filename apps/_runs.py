@@ -43,6 +43,11 @@ def newest(tasks: Sequence[str], root: Path | None = None) -> list[Path]:
     return list(found.values())
 
 
+def told(path: Path) -> str:
+    """What the page calls an adapter: its file, the run's name and time; not where on the machine it lies."""
+    return "/".join(path.resolve().parts[-3:])
+
+
 def given(adapters: Sequence[str | Path]) -> list[Path]:
     """Files of the command line; a run's folder means its adapter.
 

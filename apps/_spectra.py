@@ -161,7 +161,7 @@ def picture(found: list[Spectrum]) -> Any:
     right.barh(rows, [s.rank for s in found], color="#dddddd", height=0.8 if named else 1, label="rank")
     right.barh(rows, [s.effective for s in found], color="#E69F00", height=0.8 if named else 1, label="effective rank")
     right.set_xlabel("rank and effective rank")
-    fig.legend(loc="outside upper right", ncols=2, fontsize="small", frameon=False)
+    fig.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     left.invert_yaxis()
     left.set_ylabel("" if named else "layer, in the order of the file")
     left.set_yticks(rows if named else [], [s.layer for s in found] if named else [], fontsize=7)

@@ -124,7 +124,7 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
         with gr.Row():
             with gr.Column():
                 upload = gr.File(
-                    label="Adapter: .safetensors, .zip of a PEFT folder, or its two files", file_count="multiple",
+                    label="Adapter file, zipped PEFT folder, or its two files", file_count="multiple",
                     file_types=_safety.ADAPTERS, type="filepath", height=130,
                 )  # fmt: skip
                 sample = gr.Button("Take the adapter of the last run", visible=bool(samples), elem_id="sample")
@@ -142,7 +142,13 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
                     elem_id="facts",
                     column_widths=["25%", "75%"],
                 )
-                image = gr.Image(label="Norm and ranks", interactive=False, format="png", elem_id="norms")
+                image = gr.Image(
+                    label="Norm and ranks",
+                    interactive=False,
+                    format="png",
+                    elem_id="norms",
+                    buttons=["download", "fullscreen"],
+                )
                 note = gr.Markdown(elem_id="note")
                 result = gr.File(label="Download", interactive=False, elem_id="result")
         _wire(gr, upload, go, change, [format, base, rank], table, image, note, result)

@@ -49,7 +49,13 @@ class Classifier:
             raise UserError("", "there is no picture yet", "upload one, or choose an example")
         image = read_rgb(_safety.picture(upload))
         base = self.probabilities(image, [0.0] * len(self.sets))
-        return image, base, self.probabilities(image, strengths)
+        return enlarged(image), base, self.probabilities(image, strengths)
+
+
+def enlarged(image: Image.Image, side: int = 224) -> Image.Image:
+    """A small picture with its pixels drawn large, so that one sees what the network sees."""
+    factor = max(1, side // max(image.size))
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
 def examples(folder: Path, classifier: Classifier) -> list[Path]:
@@ -114,4 +120,4 @@ def _about(classifier: Classifier, files: Sequence[Path]) -> str:
     known = f"Base `{classifier.base}`, {len(classifier.names)} classes."
     if not files:
         return f"{known} No adapters yet: `visadapt fit --config configs/quickstart.yaml` leaves one in `runs/`."
-    return f"{known} Adapters: {', '.join(f'`{path}`' for path in files)}. At strength 0 the base is left."
+    return f"{known} Adapters: {', '.join(f'`{_runs.told(path)}`' for path in files)}. At strength 0 the base is left."

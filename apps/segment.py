@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from apps import _runs, _safety, _server
-from apps._masks import Automatic, Clicked, Found, box_of, examples, marked, smaller, uploaded, written
+from apps._masks import Automatic, Clicked, Found, box_of, examples, marked, scenes, smaller, uploaded, written
 from visadapt.cli.errors import UserError
 from visadapt.data.sheets import open_windows
 
@@ -85,12 +85,16 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
         gr.Markdown("# Segment")
         if automatic:
             with gr.Tab("Without prompts"):
-                gr.Markdown(f"Adapter `{automatic[0]}`. Pictures larger than the network are tiled, without seams.")
+                gr.Markdown(
+                    f"Adapter `{_runs.told(automatic[0])}`. Pictures larger than the network are tiled, without seams."
+                )
                 _automatic_tab(gr, Automatic(automatic[0]), sheets)
         with gr.Tab("Clicks and boxes"):
             model = Clicked(prompted[0] if prompted else None)
-            gr.Markdown(f"SAM `{model.base}`" + (f" with `{prompted[0]}`." if prompted else " as it is shipped."))
-            _clicked_tab(gr, model, sheets)
+            gr.Markdown(
+                f"SAM `{model.base}`" + (f" with `{_runs.told(prompted[0])}`." if prompted else " as it is shipped.")
+            )
+            _clicked_tab(gr, model, [*scenes(sheets[0].parent), sheets[1]])
         if not automatic:
             gr.Markdown(
                 "Masks without clicks: `visadapt fit --config configs/segmentation/railway_10shot.yaml` leaves an "
@@ -109,7 +113,9 @@ def _input(gr: Any, sheets: Sequence[Path], name: str) -> tuple[Any, Any]:
 
 def _outputs(gr: Any) -> tuple[Any, Any, Any, Any]:
     state = gr.State(None)
-    overlay = gr.Image(label="Mask", interactive=False, format="png", elem_id="mask")
+    overlay = gr.Image(
+        label="Mask", interactive=False, format="png", elem_id="mask", buttons=["download", "fullscreen"]
+    )
     opacity = gr.Slider(0, 1, 0.65, step=0.05, label="Opacity of the mask")
     files = gr.File(label="Download", interactive=False, file_count="multiple")
 

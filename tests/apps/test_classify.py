@@ -29,7 +29,7 @@ def test_strength_0_is_the_base_and_1_the_adapter(classifier, digits_adapter, tm
         wanted = plain(inputs).softmax(1)[0].tolist()
         assert list(base.values()) == wanted
         assert list(adapted.values()) == va.load(plain, digits_adapter)(inputs).softmax(1)[0].tolist()
-    assert image.size == (32, 32)
+    assert image.size == (224, 224)
     assert classifier.answer(str(path), 0.0)[2] == base
     assert sum(adapted.values()) == pytest.approx(1, abs=1e-5)
 
