@@ -28,6 +28,8 @@ PROTOTYPES = {
     "B4M content": va.B4M(rank=4, learns="content"),
     "B4M style": va.B4M(rank=3, learns="style"),
     "Hydra sequential": va.Hydra(rank=0, sequential_rank=2, bias=False),
+    "GLoRA low rank": va.GLoRA(rank=2, gain="lora"),
+    "GLoRA scalars": va.GLoRA(gain="scalar", update="vector", prompt="none", bias_gain="scalar", shift="scalar"),
     "LoCA phases": va.LoCA(count=8, moving=12, value_steps=2, place_steps=2),
     "Bottleneck parallel": va.Bottleneck(place="parallel", activation="gelu", scale=0.5),
     "Compacter inner": va.Compacter(rank=6, inner=2),
@@ -52,6 +54,7 @@ PROTOTYPES = {
 # What cannot work, and the words by which the refusal explains itself.
 REFUSED = {
     ("B4M style", "depthwise", "*"): "no effect here",
+    **{("GLoRA", host, "*"): "changes outputs" for host in ("Linear weight view", "MultiheadAttention")},
     ("Bottleneck parallel", "groups", "*"): "grouped convolution",
     ("Bottleneck parallel", "depthwise", "*"): "grouped convolution",
     **{

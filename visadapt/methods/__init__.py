@@ -29,6 +29,7 @@ from visadapt.methods.loca import LoCA as LoCA
 from visadapt.methods.bottleneck import Bottleneck as Bottleneck
 from visadapt.methods.compacter import Compacter as Compacter
 from visadapt.methods.nice import NICE as NICE
+from visadapt.methods.glora import GLoRA as GLoRA
 from visadapt.methods.salt import SALT as SALT
 from visadapt.methods.hydra import Hydra as Hydra
 from visadapt.methods.ssf import SSF as SSF
