@@ -14,8 +14,8 @@ def print_summary(facts: RunFacts, run_dir: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"{facts.name}: {facts.task} on {facts.base}", title_justify="left", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold", min_width=24)  # figures stay beside long names in narrow terminals
     for name, value in facts.figures.items():
         table.add_row(name, figure_text(name, value))
     for group in facts.sets:
