@@ -1,6 +1,6 @@
 """Pre-train the tiny Stable Diffusion that ships with visadapt on captioned scenes, and the judge of its pictures.
 
-    python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --publish  # about an hour on 2 cores
+    python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --publish  # 2 to 3 hours on 2 cores
     python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --stage vae  # one stage: judge, vae or unet
 
 Three stages, each resumed from its last 250 steps: the judge (tiny_judge.py); the autoencoder, on scenes, doodles with
