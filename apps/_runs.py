@@ -99,7 +99,7 @@ def classifier(adapters: Sequence[Path]) -> tuple[Any, Any, list[str]]:
         theirs = files.base_recipe(other, None, base_of(other), None)
         if vars(theirs) != vars(recipe) or files.class_names(other) != names:
             raise UserError(str(other), f"this has another base or other classes than '{adapters[0]}'")
-    model = recipe.build(len(names) or None, names or None)
+    model: Any = recipe.build(len(names) or None, names or None)
     for path, name in zip(adapters, set_names([str(path) for path in adapters]), strict=True):
         load_file(model, path, name)
     names = names or list(recipe.class_names or ()) or [f"class {i}" for i in range(model.num_classes)]

@@ -108,7 +108,7 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
             slider.release(**call, api_visibility="private")
         if drawn:
 
-            def choose(event: gr.SelectData) -> str:
+            def choose(event: gr.SelectData) -> str:  # type: ignore[name-defined]  # Gradio goes by it
                 return str(drawn[event.index])
 
             gallery.select(choose, None, upload, api_visibility="private").then(**call, api_visibility="private")

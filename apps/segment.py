@@ -172,7 +172,8 @@ def _clicked_tab(gr: Any, model: Clicked, sheets: Sequence[Path]) -> None:
         return fresh, drawn(fresh) if fresh else None, None, None, None
 
     def click(clicks: Any, mode: str, opacity: float, event: gr.SelectData) -> Any:
-        made = clicked(clicks, *(round(v) for v in event.index), mode)
+        x, y = (round(v) for v in event.index)
+        made = clicked(clicks, x, y, mode)
         if not made["points"] and len(made["corners"]) == 1:  # a box needs its other corner
             return made, drawn(made), None, None, None
         found = cut_out(model, made, _server.workplace())
