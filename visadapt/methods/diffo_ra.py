@@ -47,6 +47,7 @@ class DiffoRA(Gated):
         self.chosen: Tensor
         self.register_buffer("chosen", zeros(layer, 1).data - 1)
         self.now: tuple[int, int] | None = None
+        self._still: list[tuple[Tensor, Tensor]] = []
 
     def refuse(self, layer: Site) -> str | None:
         """Shares that leave no layer or no time."""
@@ -68,16 +69,22 @@ class DiffoRA(Gated):
             raise ValueError("DiffoRA: its search needs an end; set trainer.max_epochs or trainer.max_steps")
         self.now = (step, round(self.search * total) - 1)
 
+    @torch.no_grad()
     def after_backward(self) -> None:
-        """In turns: what is not to learn has no gradient, and no momentum either; θ is done after the search."""
-        if self.now is None:
+        """In turns: what is not to learn has a gradient of zero, and its values are kept from momentum and decay."""
+        if self.now is None or self.now[0] > self.now[1]:
             return
-        step, last = self.now
-        for parameter in (self.down, self.up) if step <= last and step % 2 else (self.choice,):
-            if step == 0 and parameter.grad is not None:
-                parameter.grad.zero_()  # a first step without any gradient looks like a layer that is not called
-            else:
-                parameter.grad = None
+        for parameter in (self.down, self.up) if self.now[0] % 2 else (self.choice,):
+            self._still.append((parameter, parameter.detach().clone()))
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put back what was not to learn."""
+        for parameter, value in self._still:
+            parameter.copy_(value)
+        self._still.clear()
 
     @classmethod
     @torch.no_grad()
