@@ -44,6 +44,26 @@ def rotate(x: Tensor, turns: Tensor, level: int = 0) -> Tensor:
     return turned.view(-1, blocks >> level, 1 << level, 2, side // 2).transpose(2, 3).reshape(x.shape)
 
 
+def butterfly(turns: Tensor) -> Tensor:
+    """The product B_0 B_1 … of the factors that `rotate` applies at level 0, 1, …, as the blocks of one rotation.
+
+    Args:
+        turns: (levels, blocks, side, side).
+
+    Returns:
+        (n, size, size) with size = side · 2^(levels − 1) and n · size = blocks · side.
+    """
+    levels, blocks, side, _ = turns.shape
+    if levels == 1:
+        return turns[0]
+    size = side << (levels - 1)
+    columns = torch.eye(size, dtype=turns.dtype, device=turns.device).repeat(1, blocks * side // size)
+    with torch.autocast(turns.device.type, enabled=False):
+        for level in reversed(range(levels)):
+            columns = rotate(columns, turns[level], level)
+    return columns.view(size, -1, size).permute(1, 2, 0)
+
+
 def _apply(x: Tensor, turns: Tensor) -> Tensor:
     return torch.bmm(x.transpose(0, 1), turns.transpose(1, 2)).transpose(0, 1)
 

@@ -67,6 +67,9 @@ class GLoRA(FeatureMap):
         if self.prompt == "vector":
             self.prompt_column = zeros(layer, math.prod(layer.in_shape))
 
+    def _product(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.get_parameter(f"{name}_down"), self.get_parameter(f"{name}_up")
+
     def _row(self, name: str, layer: Site) -> Tensor | None:
         row = self._parameters.get(f"{name}_row")
         return None if row is None else row.expand(layer.width)
@@ -76,13 +79,14 @@ class GLoRA(FeatureMap):
         frozen = Site(layer.layer, layer.param, layer.rows)
         weight = frozen.weight
         if self.gain == "lora":
-            a = (self.gain_up @ self.gain_down.flatten(1)).view_as(weight)
+            down, up = self._product("gain")
+            a = (up @ down.flatten(1)).view_as(weight)
             y = y + layer.op(x, weight * a.to(weight.dtype)).to(y.dtype)
         elif (gain := self._row("gain", layer)) is not None:
             base = layer.op(x, weight)
             y = y + (base * layer.per_channel(gain).to(base.dtype)).to(y.dtype)
         if self.update == "lora":
-            y = y + layer.low_rank(x, self.update_down, self.update_up).to(y.dtype)
+            y = y + layer.low_rank(x, *self._product("update")).to(y.dtype)
         elif (update := self._row("update", layer)) is not None:  # equal numbers along a row: a sum of inputs
             y = y + layer.low_rank(x, update.new_ones(1, *layer.in_shape), update[:, None]).to(y.dtype)
         constant = self.constant(frozen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visadapt.core.adapter import LowRank, zeros
@@ -61,6 +62,10 @@ class LoLDU(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         """U_r and s · P L_r diag(z)."""
         return self.right, self.left * (self.diagonal * self.scale)
+
+    def onto(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """One product with the sum of both weights, where the rank is large."""
+        return None if self._thin else F.linear(x, weight + self.strength * self.delta(), bias)
 
     def side(self, x: Tensor, layer: Site) -> Tensor:
         """ΔW ∗ x, dense where the rank is large."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visadapt.core.adapter import WeightMap, zeros
 from visadapt.core.site import Site
-from visadapt.maths.rotation import cayley, rotate
+from visadapt.maths.rotation import butterfly, cayley, rotate
 
 
 class OFT(WeightMap):
@@ -48,30 +48,31 @@ class OFT(WeightMap):
         blocks = math.prod(layer.in_shape) // self._side
         self.angles = zeros(layer, len(sides), blocks, self._side * (self._side - 1) // 2)
 
+    def _blocks(self) -> Tensor:
+        """The rotations of neighbouring inputs (n, side, side)."""
+        return butterfly(cayley(self.angles, self._side))
+
     def new_weight(self, weight: Tensor) -> Tensor:
-        """The formula: each row of W goes through the transposed rotations, the first factor first."""
+        """The formula: each row of W goes through the transposed rotations."""
         exact = torch.promote_types(weight.dtype, self.angles.dtype)
         with torch.autocast(weight.device.type, enabled=False):
-            rows = weight.flatten(1).to(exact)
-            for level, turns in enumerate(cayley(self.angles, self._side)):
-                rows = rotate(rows, turns.transpose(1, 2).to(exact), level)
+            rows = rotate(weight.flatten(1).to(exact), self._blocks().transpose(1, 2).to(exact))
         return rows.view_as(weight).to(weight.dtype)
 
     def turn(self, x: Tensor, layer: Site) -> Tensor | None:
-        """The rotations on vectors x, the last factor first."""
+        """The rotations on vectors x."""
         if len(layer.in_shape) > 1:
             return None
-        for level, turns in reversed(list(enumerate(cayley(self.angles, self._side)))):
-            x = rotate(x, turns.to(x.dtype), level)
-        return x
+        return rotate(x, self._blocks().to(x.dtype))
 
 
 class BOFT(OFT):
     """W' = W · B_0 B_1 … B_m−1,  factor B_j a rotation in blocks that pairs half-blocks at a distance of 2ʲ.
 
     With as many factors as the logarithm of the number of half-blocks every input reaches every other one: a dense
-    rotation for the price of thin ones. B_0 alone is OFT. Where in · kernel is not a multiple of 2ᵐ there are as many
-    factors as it allows.
+    rotation for the parameters of thin ones. B_0 alone is OFT. The factors are multiplied first, so that x is rotated
+    once, in blocks of block · 2ᵐ⁻¹ inputs. Where in · kernel is not a multiple of 2ᵐ there are as many factors as it
+    allows.
 
     Liu, Qiu et al. 2024, arXiv 2311.06243, code: github.com/wy1iu/butterfly-oft. Differs from PEFT: distances go on to
     double behind the second factor, as in the paper's figure; no trained gain on outputs (IA3 and SSF have it).
