@@ -80,7 +80,8 @@ def test_each_set_gets_the_gradient_of_its_own_loss(checkpointing):
     assert gradients.keys() == wanted.keys()
     assert {name.split(".adapters.")[1].partition(".")[0] for name in wanted} == {"spatial", "temporal"}
     for name, gradient in wanted.items():
-        assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-9), name
+        close = 1e-5 * float(gradient.abs().max())  # single precision: sums in another order
+        assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=close), name
     assert all(p.requires_grad for n, p in found.model.named_parameters() if ".adapters." in n)
     assert {adapter.strength for adapter in va.adapters(found.model).values()} == {1.0}
     halved = step(found, given, scale=0.5)[1]  # accumulation and gradient scaling reach every pass
