@@ -207,6 +207,16 @@ def test_predictions_leave_out_classes_that_never_came(tmp_path):
     assert scores[:, :2].isfinite().all()
 
 
+def test_a_checkpoint_predicts_without_being_told_the_tasks(tmp_path):
+    trained = run(tmp_path, epochs=3)
+    task = ClassIncremental(NetBackbone(), 6, adapters=[va.Adaptation(va.SDLoRA(rank=2, tasks=3), ["body"])])
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    task.on_load_checkpoint(saved)
+    task.load_state_dict(saved["state_dict"], strict=False)
+    images = torch.randn(5, 8)
+    assert torch.equal(task.predict_step(images, 0), trained.eval().predict_step(images, 0))
+
+
 def test_a_run_leaves_matrix_pictures_and_a_merged_model(tmp_path):
     report = RunReport(str(tmp_path / "run"), name="blobs")
     task = run(tmp_path, None, None, report)

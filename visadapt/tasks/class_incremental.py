@@ -39,7 +39,8 @@ class ClassIncremental(BaseTask):
     Args:
         backbone: Recipe of the network.
         num_classes: Classes of all tasks; the command line fills it in.
-        task_classes: Classes of each task; the command line fills it in.
+        task_classes: Classes of each task; the command line fills it in. None is one task with all of them, as for
+            prediction.
         adapters: Sets of adapters, applied in order.
         train: What trains besides the new head.
         head: A linear classifier, or the cosine of features and class vectors times a learned factor.
@@ -67,7 +68,7 @@ class ClassIncremental(BaseTask):
         self,
         backbone: Backbone,
         num_classes: int,
-        task_classes: list[list[int]],
+        task_classes: list[list[int]] | None = None,
         adapters: list[Adaptation] | None = None,
         train: Literal["adapters", "all"] = "adapters",
         head: Literal["linear", "cosine"] = "linear",
@@ -81,6 +82,8 @@ class ClassIncremental(BaseTask):
         start: str | None = None,
     ) -> None:
         super().__init__(adapters, optimizer, schedule, rates=rates, start=start)
+        self._told = task_classes is not None
+        task_classes = [list(range(num_classes))] if task_classes is None else task_classes
         if not task_classes or {c for classes in task_classes for c in classes} != set(range(num_classes)):
             raise ValueError(f"model.task_classes: {task_classes} must hold each of the {num_classes} classes")
         self.backbone, self.num_classes, self.task_classes = backbone, num_classes, task_classes
@@ -319,7 +322,7 @@ class ClassIncremental(BaseTask):
         """
         super().on_load_checkpoint(checkpoint)
         held = checkpoint.get("sequence")
-        if held is None or held["matrix"].shape != self.matrix.shape:
+        if held is None or (self._told and held["matrix"].shape != self.matrix.shape):
             raise ValueError("the checkpoint is of another sequence of tasks; use the config.yaml of its run")
         self.task, self._begun = held["task"], held["begun"]
         self.matrix, self.sizes = held["matrix"].clone(), held["sizes"].clone()

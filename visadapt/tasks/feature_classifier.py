@@ -34,7 +34,7 @@ class FeatureClassifier(ClassIncremental):
         self,
         backbone: Backbone,
         num_classes: int,
-        task_classes: list[list[int]],
+        task_classes: list[list[int]] | None = None,
         kind: Literal["means", "ranpac"] = "means",
         width: int = 2000,
         seed: int = 0,
