@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 
 import visadapt as va
 from visadapt.backbones import TimmViT
+from visadapt.callbacks.calibrate import Calibrate
+from visadapt.core.calibrate import calibrate
 from visadapt.core.stack import TaskStack
 from visadapt.core.train import after_backward, after_step, before_step
 from visadapt.data.digits import Digits
@@ -96,6 +99,7 @@ def fit(task: Classification, module: Digits, lr: float, steps: int) -> float:
     optimizer = torch.optim.AdamW(va.parameter_groups(task.model, lr, weight_decay=0.05))
     scheduler = Schedule(warmup=0.1).scheduler(optimizer, steps)
     loader = module.train_dataloader()
+    calibrate(task.model, (task.criterion(model(x), y) for x, y in islice(loader, Calibrate().batches)))
     started, step, epoch = time.process_time(), 0, 0
     while step < steps:
         loader.batch_sampler.set_epoch(epoch)

@@ -36,6 +36,8 @@ PROTOTYPES = {
     "FourierFT 20": va.FourierFT(count=20),
     "WaveFT 20, db2": va.WaveFT(count=20, wavelet="db2"),
     "DVLoRA one phase": va.DVLoRA(rank=2, warmup=None, start="uniform"),
+    "LoLDU rank 2": va.LoLDU(rank=2),
+    "LoRASB scaled": va.LoRASB(rank=2, alpha=4, step=1e-3),
     "DyLoRA use 2": va.DyLoRA(rank=3, use=2, last_only=True),
     "ALLoRA step": va.ALLoRA(scales="step", eta=2.0),
     "PRILoRA at each step": va.PRILoRA(rank=3, interval=1),

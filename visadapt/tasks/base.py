@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from visadapt.callbacks.adapter_ema import AdapterEMA
 from visadapt.callbacks.adapter_steps import AdapterSteps
+from visadapt.callbacks.calibrate import Calibrate
 from visadapt.callbacks.check_reached import CheckReached
 from visadapt.callbacks.exact_resume import ExactResume
 from visadapt.callbacks.last_checkpoint import LastCheckpoint
 from visadapt.callbacks.save_on_signal import SaveOnSignal
+from visadapt.core.adapter import Adapter
 from visadapt.core.model import Adaptation
 from visadapt.core.state import base_identity
 from visadapt.core.train import parameter_groups, penalty
@@ -257,6 +259,8 @@ class BaseTask(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run needs; a Trainer without checkpoints gets none of the resuming ones."""
         wanted: list[L.Callback] = [AdapterSteps(), CheckReached()]
+        if any(type(a.method).calibrate is not Adapter.calibrate for a in self.adaptations):
+            wanted.insert(0, Calibrate())  # before averages begin
         if self.ema_decay is not None:
             wanted.append(AdapterEMA(self.ema_decay))
         if self.trainer.checkpoint_callbacks:
