@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,11 +85,12 @@ def peft(method: type[Adapter]) -> str:
     return "no"
 
 
-def entries() -> list[Entry]:
-    """All methods of the catalogue, in its order."""
+def entries(names: Sequence[str] | None = None) -> list[Entry]:
+    """All methods of the catalogue, in its order, or those of some names or import paths."""
     import visadapt as va
+    from visadapt.cli.check import find
 
-    return [entry(method) for method in va.METHODS.values()]
+    return [entry(find(name)) for name in names or va.METHODS]
 
 
 def layers_text(e: Entry) -> str:
@@ -107,13 +109,13 @@ def print_markdown(found: list[Entry]) -> None:
         print(f"| {e.name} | {equation} | {layers_text(e)} | {'yes' if e.merges else 'no'} | {e.export} | {link} |")
 
 
-def show(markdown: bool = False) -> None:
-    """Print the catalogue, as a table for terminals or as Markdown."""
+def show(names: Sequence[str] | None = None, markdown: bool = False) -> None:
+    """Print the catalogue or some methods, as a table for terminals or as Markdown."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    found = entries()
+    found = entries(names)
     if markdown:
         return print_markdown(found)
     every = tuple(hosts())

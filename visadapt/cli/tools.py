@@ -179,15 +179,16 @@ def truncate(adapter: str, rank: int | None = None, output: str = "truncated.saf
     return 0
 
 
-def methods(markdown: bool = False) -> int:
+def methods(methods: str | None = None, markdown: bool = False) -> int:
     """Print the catalogue: equation, layer kinds, whether it merges and exports, source.
 
     Args:
+        methods: Names, separated by commas (default: all); ``my_package.MyMethod`` for your own.
         markdown: Print a Markdown table.
     """
     from visadapt.cli.catalogue import show
 
-    show(markdown)
+    show(methods.split(",") if methods else None, markdown)
     return 0
 
 
@@ -260,6 +261,7 @@ def _lists(tool: Callable[..., int], args: list[str]) -> list[str]:
 def run(command: str, args: list[str]) -> int:
     """Run a tool with the arguments of the command line; 2 after the one message of a mistake."""
     tool = TOOLS[command]
+    sys.path.append(os.getcwd())  # --methods my_module.MyMethod
     first = (tool.__doc__ or "").partition("\n\n    Args:")[0]
     parser = ToolParser(prog=f"visadapt {command}", description=first, allow_abbrev=False)
     parser.add_function_arguments(tool, as_positional=True)
