@@ -25,13 +25,12 @@ class WaRA(LowRank):
     into the factors, which gives a LoRA of rank rank · (3 · levels + 1).
 
     Heidari et al. 2025, arXiv 2506.24092. Its code was not to be had, and the texts of its two
-    versions differ; `mode` picks the reading (all but the first have one level):
-        subband: the formula above, an own pair for each sub-band.
-        full: F and one pair for all coefficients, Tᵀ B A T: a LoRA in a rotated basis, so with plain
-            gradient descent it trains as LoRA does; only element-wise optimisers tell them apart.
-        shared: one pair for all four sub-bands. With haar only every other row and column changes.
-        activation: one pair for the sub-bands of the activations (first version's figure); with haar
-            even and odd channels get the same update.
+    versions differ; `mode` picks the reading (all but the first have one level). `subband`: the
+    formula above, an own pair for each sub-band. `full`: F and one pair for all coefficients, Tᵀ B A T:
+    a LoRA in a rotated basis, so with plain gradient descent it trains as LoRA does; only element-wise
+    optimisers tell them apart. `shared`: one pair for all four sub-bands; with haar only every other
+    row and column changes. `activation`: one pair for the sub-bands of the activations (first
+    version's figure); with haar even and odd channels get the same update.
     The second version's transform of the token grid with one linear pair is exactly LoRA: use LoRA.
 
     Args:
