@@ -161,7 +161,8 @@ def test_validation_does_not_depend_on_batches(tmp_path):
 RUNS = {
     "sdxl": {"layout": "sdxl", "targets": ["unet.cross", "text"]},
     "bf16": {"backbone": {"base_dtype": "bfloat16", "grad_checkpointing": True}, "targets": ["unet.convs", "text"]},
-    "full": {"adapters": [], "train": "all"},
+    "unet": {"adapters": [], "train": "unet"},
+    "all": {"adapters": [], "train": "all"},
     "ema": {"ema_decay": 0.9},
 }
 
@@ -173,8 +174,9 @@ def test_runs_train_and_files_hold_what_trained(tmp_path, run):
     trained = {name for name, p in found.named_parameters() if p.requires_grad}
     assert trained
     assert trained <= set(kept)
-    if run == "full":
-        assert set(kept) == {f"model.unet.{name}" for name, _ in found.model.unet.named_parameters()}
+    if run in ("unet", "all"):
+        whole = ("unet.", "text_encoder") if run == "all" else ("unet.",)
+        assert set(kept) == {f"model.{name}" for name, _ in found.model.named_parameters() if name.startswith(whole)}
     else:
         assert all(".adapters." in name for name in kept)
     fresh = task(**RUNS[run])

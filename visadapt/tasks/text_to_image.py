@@ -44,7 +44,8 @@ class TextToImage(DiffusionTask):
     Args:
         backbone: Recipe of the Stable Diffusion.
         adapters: Sets of adapters, applied in order; targets such as ``unet.attention`` or ``text``.
-        train: What trains besides the adapters and new tokens: nothing, or the whole UNet (full fine-tuning).
+        train: What trains besides the adapters and new tokens: nothing, the whole UNet, or it and the text encoders
+            (full fine-tuning).
         tokens: New words whose embeddings train (textual inversion).
         noise: Noise and times of training.
         loss: The training loss.
@@ -67,7 +68,7 @@ class TextToImage(DiffusionTask):
         self,
         backbone: StableDiffusion,
         adapters: list[Adaptation] | None = None,
-        train: Literal["adapters", "all"] = "adapters",
+        train: Literal["adapters", "unet", "all"] = "adapters",
         tokens: list[NewToken] | None = None,
         noise: Noise = DEFAULT_NOISE,
         loss: Loss = DEFAULT_LOSS,
@@ -103,13 +104,13 @@ class TextToImage(DiffusionTask):
         return model
 
     def thaw(self, model: nn.Module) -> None:
-        """Let the new tokens train, and the UNet where ``train`` says so."""
+        """Let the new tokens train, and the networks where ``train`` says so."""
         for table in extended(model):
             table.new_tokens.requires_grad_(True)
-        if self.what == "all":
-            for name, parameter in model.named_parameters():
-                if name.startswith("unet.") and not is_adapter_key(name):
-                    parameter.requires_grad_(True)
+        whole = {"adapters": (), "unet": ("unet.",), "all": ("unet.", "text_encoder")}[self.what]
+        for name, parameter in model.named_parameters():
+            if name.startswith(whole) and not is_adapter_key(name):
+                parameter.requires_grad_(True)
         trainable_in_fp32(model)
 
     def adapter_metadata(self) -> dict[str, str]:
