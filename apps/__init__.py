@@ -6,9 +6,11 @@ server. `apps._server` launches, `apps._safety` looks at every upload first.
 
 from __future__ import annotations
 
-# Name of a module here -> what it shows. `text_to_image` and `text_to_video` join this table with their bases.
+# Name of a module here -> what it shows.
 APPS = {
     "classify": "an image in, probabilities out: base and adapted side by side",
     "segment": "masks of maps and pictures: without prompts, or by clicks and boxes",
+    "text_to_image": "pictures of a prompt: the base against any adapters at strengths, on the same seeds",
+    "text_to_video": "clips of a prompt: a motion and an appearance, each with its strength",
     "adapters": "what an adapter file is, where it loads, its norms and ranks; convert it",
 }

@@ -69,14 +69,37 @@ def base_of(adapter: Path) -> str | None:
     """
     if find_config(str(adapter)):
         return None
-    stated = dict(describe(adapter).facts).get("base", "").partition(" ")[0]
+    stated = stated_base(adapter)
     if stated in BASES:
         return stated
     raise UserError(
         adapter.name,
         f"its base is '{stated or 'not named'}', which is not shipped with visadapt",
-        f"keep config.yaml of its run beside it, or use a file on one of: {', '.join(BASES)}",
+        f"keep config.yaml of its run beside it, name its base (--base), or use a file on one of: {', '.join(BASES)}",
     )
+
+
+def stated_base(adapter: Path) -> str:
+    """What an adapter file says that its base is called; empty if it does not."""
+    return dict(describe(adapter).facts).get("base", "").partition(" ")[0]
+
+
+def options(adapter: Path) -> dict[str, Any]:
+    """Arguments of the task of the run that wrote an adapter, as its configuration has them; empty without one."""
+    import yaml
+
+    found = find_config(str(adapter))
+    model = (yaml.safe_load(found.read_text(encoding="utf-8")) or {}).get("model") if found else None
+    return dict((model or {}).get("init_args") or {})
+
+
+def certificate(adapter: Path) -> str:
+    """What is proved of the exports of an adapter, as Markdown: its own certificate, else that of its run's card."""
+    from visadapt.report.certificate import certified
+
+    places = [adapter / "certificate.json", adapter.with_suffix(".certificate.json")]
+    places += [adapter.parent / "certificate.json", adapter.parent / "README.md"]
+    return next(filter(None, map(certified, places)), "")
 
 
 def classifier(adapters: Sequence[Path]) -> tuple[Any, Any, list[str]]:
@@ -136,3 +159,53 @@ def task(adapter: Path) -> tuple[Any, list[str]]:
     made.configure_model()
     load_file(made.model, adapter)
     return made.eval(), names or ["background", *(f"class {i}" for i in range(1, made.num_classes))]
+
+
+def base_name(adapter: Path) -> str:
+    """Name of the base in the configuration of an adapter's run, else in the file itself; empty if neither says."""
+    own = options(adapter).get("backbone") or {}
+    return str((own.get("init_args") or own).get("name", "")) or stated_base(adapter)
+
+
+def diffusion(adapters: Sequence[Path], base: str | None) -> Any:
+    """Recipe of the Stable Diffusion that adapters belong to.
+
+    Args:
+        adapters: Their files; the first one says it. None of them is the shipped base.
+        base: Folder, file or hub id of the base, if it is given.
+
+    Raises:
+        UserError: the first adapter belongs to another kind of model, or does not say to which.
+    """
+    from visadapt.backbones.stable_diffusion import StableDiffusion
+
+    if base is not None:
+        return StableDiffusion(base)
+    if not adapters:
+        return StableDiffusion()
+    recipe = files.base_recipe(adapters[0], None, base_of(adapters[0]), None)
+    if not isinstance(recipe, StableDiffusion):
+        raise UserError(str(adapters[0]), f"this belongs to a {type(recipe).__name__}, not to a Stable Diffusion")
+    return recipe
+
+
+def video(adapters: Sequence[Path], base: str | None) -> Any:
+    """Recipe of the video network: the given one, else that of the first adapter of a motion, else the shipped one.
+
+    Raises:
+        UserError: nothing says which, and none is shipped.
+    """
+    from visadapt.backbones.video_diffusion import TINY_VIDEO, VideoDiffusion
+
+    if base is not None:
+        return VideoDiffusion(base)
+    motion = next((path for path in adapters if task_name(path) == "TextToVideo"), None)
+    if motion is not None:
+        return files.base_recipe(motion, None, None, None)
+    if TINY_VIDEO in BASES:
+        return VideoDiffusion()
+    raise UserError(
+        "--base",
+        f"the small video base ('{TINY_VIDEO}') is not in this installation, and no adapter of a motion names another",
+        "give --base FOLDER of a video pipeline, or --adapter RUN of text-to-video",
+    )

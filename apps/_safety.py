@@ -146,7 +146,8 @@ def _unpacked(path: Path, into: Path) -> Path:
                 told = [f"it holds '{name}', a pickle, which can run code: save it as safetensors" for name in pickles]
                 raise UserError(path.name, "there is no adapter in this archive", *told[:1] or ["zip the folder"])
             folders = {PurePosixPath(entry.filename).parent for entry in wanted}
-            parts = len(folders) > 1 and {folder.name for folder in folders} <= set(_FOLDERS)
+            peft = all(PurePosixPath(entry.filename).name in _PARTS[:2] for entry in wanted)
+            parts = peft and {folder.name for folder in folders} <= set(_FOLDERS)
             if len(folders) > 1 and not (parts and len({folder.parent for folder in folders}) == 1):
                 raise UserError(path.name, "this archive holds several folders", "zip the folder of one adapter")
             for entry in wanted:

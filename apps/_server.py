@@ -91,6 +91,14 @@ def one(path: str | None) -> list[str]:
     return [path] if path else []
 
 
+def _blocked() -> list[str]:
+    """The working directory; where results lie below it, as in /tmp, all else that it holds."""
+    here = Path.cwd()
+    if not temporary().resolve().is_relative_to(here):
+        return [str(here)]
+    return [str(path) for path in here.iterdir() if not temporary().resolve().is_relative_to(path.resolve())]
+
+
 def launch(
     blocks: Any, port: int | None = None, auth: tuple[str, str] | None = None, block: bool = True
 ) -> tuple[Any, str]:
@@ -110,7 +118,7 @@ def launch(
     blocks.queue(max_size=WAITING, default_concurrency_limit=1)
     _, address, _ = blocks.launch(
         server_name="127.0.0.1", server_port=port, share=False, auth=auth, ssr_mode=False, prevent_thread_lock=True,
-        max_file_size=_safety.MOST_BYTES, quiet=True, inbrowser=False, allowed_paths=[], blocked_paths=[os.getcwd()],
+        max_file_size=_safety.MOST_BYTES, quiet=True, inbrowser=False, allowed_paths=[], blocked_paths=_blocked(),
         footer_links=[], theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         enable_monitoring=False, mcp_server=False, pwa=False, state_session_capacity=100,
     )  # fmt: skip

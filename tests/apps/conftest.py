@@ -79,6 +79,51 @@ def railway_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def motion_run(tmp_path_factory) -> Path:
+    """The adapter of a run that learned a motion: an appearance and a motion on the random video network of tests."""
+    pytest.importorskip("diffusers", reason="video models need diffusers: pip install 'visadapt[diffusion]'")
+    from tests.tiny_video import FRAMES, video_base
+    from tests.video_training import SPATIAL, TEMPORAL
+    from visadapt.backbones.video_diffusion import VideoDiffusion
+
+    options = {
+        "backbone": {
+            "class_path": "visadapt.backbones.video_diffusion.VideoDiffusion", "init_args": {"name": video_base()},
+        },
+        "preview": {"prompts": ["a red star orbiting"], "steps": 2, "guidance": 2.0, "frames": FRAMES},
+    }  # fmt: skip
+    task = "visadapt.tasks.text_to_video.TextToVideo"
+    path = write_run(tmp_path_factory.mktemp("work") / "runs" / "orbit" / "20260101-120000", task, options, [])
+    model = VideoDiffusion(video_base()).build()
+    for name, targets in (("spatial", SPATIAL), ("temporal", TEMPORAL)):
+        va.adapt(model, va.LoRA(rank=1), targets, name)
+    return va.save(noisy(model), path, base_name=video_base())
+
+
+@pytest.fixture(scope="session")
+def picture_run(tmp_path_factory) -> Path:
+    """The adapter of a run on the shipped Stable Diffusion (untrained, unless VISADAPT_RUNS names a folder of runs)."""
+    pytest.importorskip("diffusers", reason="Stable Diffusion needs diffusers: pip install 'visadapt[diffusion]'")
+    from visadapt.backbones.stable_diffusion import StableDiffusion
+
+    if given := os.environ.get("VISADAPT_RUNS"):
+        from apps import _runs
+
+        if found := _runs.newest(["TextToImage"], Path(given)):
+            return found[0]
+    options = {
+        "backbone": {
+            "class_path": "visadapt.backbones.stable_diffusion.StableDiffusion", "init_args": {"name": "tiny_sd"},
+        },
+        "preview": {"prompts": ["a sks shape on bricks"], "guidance": 3.0},
+    }  # fmt: skip
+    task = "visadapt.tasks.text_to_image.TextToImage"
+    path = write_run(tmp_path_factory.mktemp("pictures") / "subject" / "20260101-120000", task, options, [])
+    model = va.adapt(StableDiffusion("tiny_sd").build(), va.LoRA(rank=1), ["unet.cross"])
+    return va.save(noisy(model), path, base_name="tiny_sd")
+
+
+@pytest.fixture(scope="session")
 def for_classify(digits_adapter) -> Path:
     """The trained adapter below VISADAPT_RUNS, for pictures in the documents; else the untrained one."""
     if given := os.environ.get("VISADAPT_RUNS"):
@@ -89,19 +134,20 @@ def for_classify(digits_adapter) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served(for_classify, railway_run):
-    """Starts an app once: name -> address."""
+def served(request):
+    """Starts an app once: name -> address; what an app needs is made when it starts."""
     pytest.importorskip("gradio", reason="apps need Gradio: pip install 'visadapt[apps]'")
     from importlib import import_module
 
     from apps import _safety, _server
 
-    adapters = {"classify": [for_classify], "segment": [railway_run], "adapters": [for_classify]}
+    needs = {"segment": "railway_run", "text_to_image": "picture_run", "text_to_video": "motion_run"}
     running = {}
 
     def address(name: str) -> str:
         if name not in running:
-            running[name] = _server.launch(import_module(f"apps.{name}").build(adapters[name]), block=False)
+            adapter = request.getfixturevalue(needs.get(name, "for_classify"))
+            running[name] = _server.launch(import_module(f"apps.{name}").build([adapter]), block=False)
         return running[name][1]
 
     yield address

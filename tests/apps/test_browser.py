@@ -135,3 +135,52 @@ def test_adapters(page, served, digits_adapter, tmp_path):
     (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04.")
     upload(page, tmp_path / "evil.safetensors")
     complains(page, "hidden under the name .safetensors")
+
+
+def test_text_to_image(page, served, picture_run, tmp_path):
+    page.goto(served("text_to_image"))
+    prompt = page.locator("#prompt textarea")
+    prompt.fill("a sks shape on bricks")
+    page.get_by_label("number input for Pictures").fill("2" if "VISADAPT_RUNS" not in os.environ else "4")
+    page.get_by_label("number input for Steps").fill("2" if "VISADAPT_RUNS" not in os.environ else "20")
+    page.get_by_role("button", name="Render").click()
+    page.locator("#sheet img").wait_for(timeout=3 * WAIT)
+    link = page.locator("#files a[download]")
+    link.first.wait_for()
+    picture(page, "text_to_image")
+    with page.expect_download() as found:
+        link.first.click()
+    assert Image.open(found.value.path()).format == "PNG"
+    upload(page, shutil.copy(picture_run, tmp_path / "mine.safetensors"))
+    added = page.get_by_label("number input for Strength of mine")
+    added.wait_for()
+    before = page.locator("#sheet img").get_attribute("src")
+    added.fill("0.5")
+    page.get_by_role("button", name="Render").click()
+    page.wait_for_function("src => document.querySelector('#sheet img').src !== src", arg=before)
+    page.locator("#files a[download]").last.wait_for()
+    prompt.fill("")
+    page.get_by_role("button", name="Render").click()
+    complains(page, "there is no prompt yet")
+    (tmp_path / "evil.safetensors").write_bytes(b"\x80\x04.")
+    page.get_by_label("Clear").first.click()
+    upload(page, tmp_path / "evil.safetensors")
+    complains(page, "hidden under the name .safetensors")
+
+
+def test_text_to_video(page, served, tmp_path):
+    page.goto(served("text_to_video"))
+    page.get_by_label("number input for Strength of orbit: spatial").fill("0.5")
+    page.get_by_role("button", name="Render").click()
+    page.locator("#animation img").wait_for()
+    link = page.locator("#files a[download$='adapted_seed0.gif']")
+    link.wait_for()
+    with page.expect_download() as found:
+        link.click()
+    with Image.open(found.value.path()) as file:
+        assert (file.format, file.n_frames) == ("GIF", 3)
+    page.locator("#prompt textarea").fill("")
+    page.locator("#prompt textarea").press("Enter")
+    complains(page, "there is no prompt yet")
+    page.locator("input[type=file]").first.set_input_files(str(broken(tmp_path)))
+    complains(page, "broken.png")

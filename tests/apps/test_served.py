@@ -1,10 +1,12 @@
 """The apps as programs meet them: gradio_client, raw requests, limits and a password."""
 
 import json
+import shutil
 import urllib.error
 import urllib.request
 
 import pytest
+from PIL import Image
 
 from apps import _safety, _server, adapters, classify
 from tests.apps.test_safety import image
@@ -69,6 +71,40 @@ def test_adapters_tells_and_converts(client, digits_adapter, tmp_path):
     assert "a.safetensors" not in uploads()
 
 
+def test_pictures_of_a_prompt(client, picture_run, tmp_path):
+    paint = client("text_to_image").predict
+    fields = ["a red star on bricks", "", 1, 2, 3.0, 2]  # prompt, negative, seed, steps, guidance, pictures
+    sheet, files, told = paint(None, None, *fields, api_name="/render")
+    assert sheet.endswith(".png")
+    assert len(files) == 5
+    assert not told
+    upload = handle_file(shutil.copy(picture_run, tmp_path / "mine.safetensors"))
+    with pytest.raises(AppError, match="there is no 'other'. There are: .*, mine"):
+        paint([upload], {"other": 1}, *fields, api_name="/render")
+    name = picture_run.parents[1].name
+    both = paint([upload], {name: 0.5, "mine": 0.5}, *fields, api_name="/render")[1]
+    how = json.loads(Image.open(both[-1]).text["visadapt"])
+    assert how["strengths"] == {name: 0.5, "mine": 0.5}
+    _, files, told = paint(None, {name: 0}, *fields, api_name="/render")
+    assert "base alone" in told
+    for wrong, message in ((["", *fields[1:]], "no prompt yet"), ([*fields[:3], 101, 3.0, 2], "101")):
+        with pytest.raises(AppError, match=message):
+            paint(None, None, *wrong, api_name="/render")
+    (tmp_path / "a.safetensors").write_bytes(b"\x80\x04.")
+    with pytest.raises(AppError, match="hidden under the name .safetensors"):
+        paint([handle_file(tmp_path / "a.safetensors")], None, *fields, api_name="/render")
+    assert "a.safetensors" not in uploads()
+
+
+def test_clips_of_a_prompt(client):
+    fields = ["a red star orbiting", "", 0, 1, 2.0, 3]  # prompt, negative, seed, steps, guidance, frames
+    shown, files, _ = client("text_to_video").predict(None, {"orbit: spatial": 0.5}, *fields, api_name="/render")
+    assert shown.endswith(".webp")
+    assert {"adapted_seed0.gif", "adapted_seed0.webp"} <= {file.rpartition("/")[2] for file in files}
+    with Image.open(shown) as file:
+        assert file.n_frames == 3
+
+
 def asked(address: str, api: str, data: list) -> str:
     """What the server answers to a request that no client of ours would make."""
     body = json.dumps({"data": data}).encode()
@@ -95,11 +131,18 @@ def test_files_of_the_machine_are_not_served(served, path):
     assert caught.value.code in (403, 404)
 
 
-def test_no_input_is_a_text_box(served):
-    for name in ("classify", "segment", "adapters"):
-        config = json.load(urllib.request.urlopen(f"{served(name)}config", timeout=10))
-        assert not [c["type"] for c in config["components"] if c["type"] in ("textbox", "code", "multimodaltextbox")]
-        assert config["analytics_enabled"] is False
+PROMPTS = ["Prompt", "Negative prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "boxes"),
+    [("classify", []), ("segment", []), ("adapters", []), ("text_to_image", PROMPTS), ("text_to_video", PROMPTS)],
+)
+def test_no_input_but_a_prompt_is_a_text_box(served, name, boxes):
+    config = json.load(urllib.request.urlopen(f"{served(name)}config", timeout=10))
+    kinds = ("textbox", "code", "multimodaltextbox")
+    assert [c["props"]["label"] for c in config["components"] if c["type"] in kinds] == boxes
+    assert config["analytics_enabled"] is False
 
 
 def test_a_password_and_a_limit_hold(monkeypatch):

@@ -105,3 +105,11 @@ def test_nothing_to_save_and_no_half_written_file(tmp_path):
     with pytest.raises(ValueError, match="nothing to save"):
         va.save(tiny_vit().requires_grad_(False), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_of_two_methods_takes_a_new_name(tmp_path):
+    model = va.adapt(va.adapt(tiny_vit(), va.LoRA(rank=1), ["attn.qkv"]), va.DoRA(rank=1), ["mlp.fc1"])
+    file = va.save(moved(model), tmp_path / "two.safetensors")
+    found = va.load(tiny_vit(), file, name="mine")
+    assert {adapter.name for adapter in va.adapters(found).values()} == {"mine"}
+    assert torch.equal(found.eval()(images()), model.eval()(images()))

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--adapter", nargs="+", action="extend", default=[], metavar="FILE",
         help="Adapter files or folders of runs (default: the newest that runs have left below runs/).",
+    )  # fmt: skip
+    made.add_argument(
+        "--base", metavar="BASE",
+        help="Base of a diffusion model: a pipeline's folder, a single file or a hub id (default: as the adapter's run "
+        "says, or the shipped one).",
     )  # fmt: skip
     made.add_argument("--port", type=int, help="Port (default: the first free one from 7860 on).")
     made.add_argument("--auth", metavar="USER:PASSWORD", help="What a visitor has to give.")
@@ -68,7 +74,7 @@ def run(args: list[str]) -> int:
         user, colon, password = (options.auth or "").partition(":")
         if options.auth is not None and not (user and colon and password):
             raise UserError("--auth", "this should be USER:PASSWORD")
-        _start(options.name, options.adapter, options.port, (user, password) if user else None)
+        _start(options.name, options.adapter, options.base, options.port, (user, password) if user else None)
     except UserError as error:
         error.show("app")
     except Exception as error:
@@ -81,13 +87,18 @@ def run(args: list[str]) -> int:
     return 2
 
 
-def _start(name: str, adapters: list[str], port: int | None, auth: tuple[str, str] | None) -> None:
+def _start(
+    name: str, adapters: list[str], base: str | None, port: int | None, auth: tuple[str, str] | None
+) -> None:  # fmt: skip
     server: Any = import_module("apps._server")
     try:
         server.gradio()
     except ImportError as error:
         raise UserError("gradio", str(error)) from None
-    blocks = import_module(f"apps.{name}").build(adapters)
+    build = import_module(f"apps.{name}").build
+    if base is not None and "base" not in signature(build).parameters:
+        raise UserError("--base", f"the app '{name}' takes none", "the run of its adapter says which base it has")
+    blocks = build(adapters) if base is None else build(adapters, base)
     try:
         server.launch(blocks, port, auth)
     except OSError as error:  # Gradio's, where the port is taken

@@ -134,7 +134,7 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
         model: a fresh base, or one with other sets.
         path: file written by `save`.
         strict: refuse a base whose identity differs; otherwise warn.
-        name: new name of the set (files with one set only).
+        name: new name of the set (files with one set only, which may be of several methods).
 
     Raises:
         ValueError: wrong kind of file, unknown method, or layers and shapes that differ.
@@ -147,10 +147,11 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
     _check_base(model, file_plan["base"], held, path, strict)
     sets = file_plan["sets"]
     if name is not None:
-        if len(sets) != 1:
-            raise ValueError(f"'{path}' holds {len(sets)} sets; `name` renames files with one set only")
+        names = {entry["name"] for entry in sets}
+        if len(names) != 1:
+            raise ValueError(f"'{path}' holds {len(names)} sets; `name` renames files with one set only")
         held = {_rename(k, sets[0]["name"], name): v for k, v in held.items()}
-        sets = [{**sets[0], "name": name}]
+        sets = [{**entry, "name": name} for entry in sets]
     before = {id(a) for a in adapters(model).values()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     try:

@@ -22,7 +22,7 @@ from visadapt.interop.forms import only_dora
 from visadapt.interop.loha import read_loha
 from visadapt.interop.lokr import lokr_tensors, only_lokr, peft_config, read_lokr
 from visadapt.interop.made import Made, graft_made
-from visadapt.interop.parts import NEW_TOKENS, is_diffusion, parts
+from visadapt.interop.parts import NEW_TOKENS, is_diffusion, network, parts
 from visadapt.methods import DoRA, LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -162,16 +162,18 @@ def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
     except SafetensorError as error:
         raise ValueError(f"'{folder / 'adapter_model.safetensors'}' is damaged: {error}") from error
     held = {k.removeprefix(PREFIX): v for k, v in held.items()}
+    whole = not is_diffusion(model) or any(k.partition(".")[0] in parts(model) for k in held)
+    target = model if whole else network(model)  # the folder of a UNet alone, as `pipe.unet.save_pretrained` writes it
     if kind in LYCORIS:
-        _graft_lycoris(model, folder, config, held, name)
+        _graft_lycoris(target, folder, config, held, name)
     else:
-        _graft_lora(model, folder, config, held, name)
+        _graft_lora(target, folder, config, held, name)
     for module in config.get("modules_to_save") or []:
         for key in [k for k in held if k.startswith(f"{module}.")]:
             with torch.no_grad():
-                model.state_dict()[key].copy_(held[key])
-            if key in dict(model.named_parameters()):
-                model.get_parameter(key).requires_grad_(True)
+                target.state_dict()[key].copy_(held[key])
+            if key in dict(target.named_parameters()):
+                target.get_parameter(key).requires_grad_(True)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Clips as files: animated WebP, which Pillow writes, and MP4 where PyAV is installed."""
+"""Clips as files: animated WebP and GIF, which Pillow writes, and MP4 where PyAV is installed."""
 
 from __future__ import annotations
 
@@ -38,6 +38,22 @@ def save_webp(frames: Sequence[Image.Image], path: Path, fps: float, told: str =
             exif=exif,
             quality=90,
             allow_mixed=True,  # flat drawings are smaller, and exact, without loss
+        )
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+    """Write an endless GIF under a temporary name, then rename it; each frame has 256 colours of its own.
+
+    Args:
+        frames: At least one, of one size.
+        path: A .gif file.
+        fps: Frames per second; the format counts hundredths of a second.
+    """
+    few = [frame.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE) for frame in frames]
+    duration = max(20, round(100 / fps) * 10)  # browsers slow down what is shorter
+    with replacing(path) as temporary:
+        few[0].save(
+            temporary, format="GIF", save_all=True, append_images=few[1:], duration=duration, loop=0, optimize=False
         )
 
 

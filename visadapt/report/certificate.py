@@ -294,3 +294,15 @@ def write_certificate(certificate: Certificate, written: Path, card: Path | None
         section = "\n".join([_START, "## Parity certificate", "", *certificate.lines(), _END])
         write_text(card, before.rstrip("\n") + f"\n\n{section}\n" + after.lstrip("\n"))
     return path
+
+
+def certified(place: Path) -> str:
+    """The lines of a certificate that a file holds, its own or a model card's; empty if there is none."""
+    if not place.is_file():
+        return ""
+    text = place.read_text(encoding="utf-8")
+    if place.suffix != ".json":
+        return text.partition(_START)[2].partition(_END)[0].partition("\n\n")[2].strip()
+    held = json.loads(text)
+    known = {name: held[name] for name in Certificate.__dataclass_fields__ if name in held}
+    return "\n".join(Certificate(**known).lines())
