@@ -17,7 +17,7 @@ REACHED = {
     "classify": "accuracy[1.0] > accuracy[0.0] + 0.3 and deviation < 1e-4",
     "segment": "iou > 0.25 and not torch.equal(masks(0.0), found) and labels.shape == (300, 300)",
     "text_to_image": "moved > 0.01 and (RUN / 'lora' / 'pytorch_lora_weights.safetensors').is_file()",
-    "class_incremental": "accuracy > 0.3 and deviation < 1e-3",
+    "class_incremental": "accuracy > 0.2 and deviation < 1e-3",
 }
 
 
@@ -33,6 +33,7 @@ def test_no_outputs_are_stored(notebook):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # minutes, on a machine that does nothing else
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(notebook, tmp_path, monkeypatch):
     reason = "runs notebooks: pip install 'visadapt[docs]'"
@@ -46,7 +47,7 @@ def test_it_runs(notebook, tmp_path, monkeypatch):
     content = nbformat.read(notebook, as_version=4)
     content.cells.append(nbformat.v4.new_code_cell(f"assert {REACHED[notebook.stem]}"))
     client.NotebookClient(
-        content, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        content, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     outputs = [output for cell in content.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs)
