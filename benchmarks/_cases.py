@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import visadapt as va
 from benchmarks import literal
 from benchmarks._hosts import Host, freeze, share
 
 RANK = 8
-METHODS = ("LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "LoKr", "SALT", "Hydra", "SSF")
+METHODS = tuple(va.METHODS)
+COMPARED = ("LoRA", "DoRA", "FLoRA", "WaRA", "LoHa", "LoKr", "SALT", "Hydra", "SSF")  # that have peers: the default
 SALT_TOP = 0.75  # of the singular values are scaled and shifted, the rest get the low-rank block
 
 
@@ -84,10 +86,6 @@ def ours(method: str, variant: str = "", lean: bool = False, group: str = "", **
     """A method of ``visadapt.METHODS``."""
 
     def build(host: Host, model: nn.Module) -> nn.Module:
-        import visadapt as va
-
-        if method not in va.METHODS:
-            raise Unavailable(f"visadapt.METHODS has no {method}")
         arguments = {**our_hparams(method, host, model), **hparams}
         return va.adapt(model, va.METHODS[method](**arguments), list(host.targets), lean=lean)
 
@@ -95,8 +93,8 @@ def ours(method: str, variant: str = "", lean: bool = False, group: str = "", **
 
 
 def our_hparams(method: str, host: Host, model: nn.Module) -> dict[str, object]:
-    """Hyper-parameters that give our method the peers' size: rank 8, scale 1."""
-    if method == "SSF":
+    """Hyper-parameters that give our method the peers' size (rank 8, scale 1); without peers its own."""
+    if method == "SSF" or method not in COMPARED:
         return {}
     if method == "SALT":
         return {"rank": RANK, "top": salt_top(host, model)}
@@ -213,7 +211,7 @@ def recipes(method: str, host: Host, dtype: torch.dtype, peers: tuple[str, ...])
         if not whole:
             deep = {"variant": "3 levels", "group": "3 levels", "levels": 3}
             found += [ours("WaRA", **deep), dense("WaRA", **deep)]
-    else:
+    elif method in literal.FORMS:
         found.append(dense(method))
         if method == "SALT":
             full = {"variant": "full relu", "group": "full relu", "relu": "full"}

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, steps: int = 10) -> None:
         for dtype in options.dtype:
             base = freeze(host.build(False)).to(options.device, DTYPES[dtype]).train()
             x = host.input(DTYPES[dtype], options.device)
-            for method in options.methods or _cases.METHODS:
+            for method in options.methods or _cases.COMPARED:
                 for recipe in _cases.recipes(method, host, DTYPES[dtype], tuple(options.peers)):
                     if options.sources is None or recipe.source in options.sources:
                         step = Step(_cases.make(method, recipe, host, base), host, x, options.compile == "both")

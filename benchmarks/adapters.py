@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--suite", type=_list, default=["linear", "conv"], help=f"of {','.join(SUITES)}, or names of hosts"
     )
-    found.add_argument("--methods", type=_list, default=None, help="of the catalogue; all by default")
+    found.add_argument("--methods", type=_list, default=None, help="of the catalogue; by default those with peers")
     found.add_argument("--peers", type=_list, default=list(PEERS), help=f"of {','.join(PEERS)}")
     found.add_argument("--sources", type=_list, default=None, help="profile: whose cases; all by default")
     found.add_argument("--compile", choices=["no", "both"], default="no", help="both: torch.compile'd rows as well")
@@ -90,11 +90,11 @@ def check(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> list[dict[str, object]]:
     """The groups, each for one process."""
-    from benchmarks._cases import METHODS
+    from benchmarks._cases import COMPARED
     from benchmarks._hosts import hosts
 
     groups: list[dict[str, object]] = []
-    methods = options.methods or list(METHODS)
+    methods = options.methods or list(COMPARED)
     for host in hosts(options.depth).values():
         if host.suite not in options.suite and host.name not in options.suite:
             continue

@@ -1,125 +1,41 @@
-"""How well every method adapts the shipped base: ``python -m benchmarks.methods --task digits``.
+"""How well every method of the catalogue adapts, at equal budgets: ``python -m benchmarks.methods --jobs 2``.
 
-Few images per class, drawn once in a shifted domain, are all that a row may train on (each is moved a little
-while training, the same for all rows). Every row trains the same number of steps; its learning rate is chosen
-from the same list, on 200 validation digits and the first seed; then it is trained for each seed (another
-seed: other images, another start) and tested on the 500 test digits. Tables are written as Markdown and CSV.
+    python -m benchmarks.methods --jobs 2                               # what docs/results/methods holds
+    python -m benchmarks.methods --tasks digits --rows LoRA DoRA        # some rows
+    python -m benchmarks.methods --subset                               # 3 rows, few steps: whether all of it works
+
+Three tasks on shipped bases, made of the classes that `visadapt fit` has (benchmarks/_contests.py). Each method gets
+the size at which it trains as many values as LoRA of rank 8 on the same layers, as nearly as it can, and otherwise its
+defaults (benchmarks/_budget.py). Its learning rate is the best of three on the validation images, for a seed that the
+table does not have; then it is trained for each seed (other training images, another start) and scored on test images
+that never change. Intervals are of 95 % (Student's t over the seeds). Single runs are kept as files: those that are
+there are not made again. Methods for sequences of tasks are on one task here. Step time, memory and merge error are
+those of one block of ViT-B/16, all methods in one run (benchmarks/_costs.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks._fewshot import BATCH, TARGETS, Job, Row, Setting, accuracy, build, data, rows, run
+import visadapt as va
+from benchmarks import _costs, _standings, _training
+from benchmarks._contests import CONTESTS
 from visadapt.core.files import replacing
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-
-
-@dataclass
-class Result:
-    """Figures of one row; accuracies as shares, seconds of process time on one thread."""
-
-    row: str
-    lr: float | None
-    parameters: int
-    accuracy: list[float]
-    source_off: float | None
-    seconds: list[float] = field(default_factory=list)
-
-    def cells(self) -> dict[str, str]:
-        """The row as text."""
-        spread = statistics.stdev(self.accuracy) if len(self.accuracy) > 1 else 0.0
-        mean = statistics.mean(self.accuracy)
-        return {
-            "row": self.row,
-            "accuracy %": f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if self.seconds else ""),
-            "original %, adapter off": "" if self.source_off is None else f"{100 * self.source_off:.1f}",
-            "trainable": f"{self.parameters:,}",
-            "lr": "" if self.lr is None else f"{self.lr:g}",
-            "seconds": f"{statistics.mean(self.seconds):.1f}" if self.seconds else "",
-            "seeds": str(len(self.accuracy)) if self.seconds else "",
-        }
-
-
-def frozen(row: Row, setting: Setting) -> Result:
-    """The base as it is: no training, no seeds."""
-    task = build(row, setting, 0)
-    module = data(setting, task, 0)
-    target = accuracy(task.model, module.test_dataloader())
-    return Result(row.name, None, 0, [target], accuracy(task.model, module.source_dataloader()))
-
-
-def measure(chosen: Sequence[Row], setting: Setting, rates: Sequence[float], seeds: int, jobs: int) -> list[Result]:
-    """Search a learning rate per row, then train every row for every seed."""
-    trained = [row for row in chosen if row.name != "frozen base"]
-    with ExitStack() as stack:
-        each: Callable[..., Iterable[dict[str, float]]] = map
-        if jobs > 1:
-            each = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))).map
-        search = [Job(row, setting, lr, 0, True) for row in trained for lr in rates]
-        tried = dict(zip([(job.row.name, job.lr) for job in search], each(run, search), strict=True))
-        best = {row.name: max(rates, key=lambda lr, name=row.name: tried[name, lr]["accuracy"]) for row in trained}
-        final = [Job(row, setting, best[row.name], seed, False) for row in trained for seed in range(seeds)]
-        found = list(zip(final, each(run, final), strict=True))
-    results = [frozen(row, setting) for row in chosen if row.name == "frozen base"]
-    for row in trained:
-        own = [measured for job, measured in found if job.row.name == row.name]
-        off = {measured["source_off"] for measured in own if "source_off" in measured}
-        if len(off) > 1:
-            raise RuntimeError(f"{row.name}: with the adapter off the base differs between seeds: {off}")
-        results.append(
-            Result(
-                row.name,
-                best[row.name],
-                int(own[0]["parameters"]),
-                [measured["accuracy"] for measured in own],
-                next(iter(off), None),
-                [measured["seconds"] for measured in own],
-            )
-        )
-    return results
-
-
-def markdown(results: Sequence[Result], about: Sequence[str]) -> str:
-    """The table and how it was made."""
-    cells = [result.cells() for result in results]
-    lines = ["| " + " | ".join(cells[0]) + " |", "|" + " --- |" * len(cells[0])]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in cells]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in about) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_csv(path: Path, results: Sequence[Result], about: Sequence[str]) -> None:
-    """One line per row and seed, with the command and the commit."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "seed", "accuracy", "source_off", "parameters", "lr", "seconds", "command", "commit"])
-        for result in results:
-            for seed, share in enumerate(result.accuracy):
-                seconds = result.seconds[seed] if result.seconds else ""
-                figures = [share, result.source_off, result.parameters, result.lr, seconds]
-                writer.writerow([result.row, seed, *figures, about[0], about[1]])
+SUBSET = {"rows": ["LoRA", "SSF", "LoRASB"], "seeds": 2, "rates": (5e-3,), "steps": 4, "rounds": 1}
 
 
 def commit() -> str:
@@ -128,58 +44,109 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _without_out(arguments: Sequence[str]) -> list[str]:
-    """The command line without the folder of the results, which says nothing about them."""
-    kept = list(arguments)
-    if "--out" in kept:
-        place = kept.index("--out")
-        del kept[place : place + 2]
-    return kept
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    references = dict.fromkeys(name for contest in CONTESTS.values() for name in contest.references)
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--tasks", nargs="+", default=list(CONTESTS), choices=CONTESTS)
+    found.add_argument("--rows", nargs="+", default=[*references, *va.METHODS], choices=[*references, *va.METHODS])
+    found.add_argument("--seeds", type=int, default=_training.Plan.seeds)
+    found.add_argument("--rates", type=float, nargs="+", default=_training.Plan.rates, help="learning rates to try")
+    found.add_argument("--steps", type=int, help="of each training, instead of the task's own")
+    found.add_argument("--rounds", type=int, default=5, help="of the timing; 0 leaves step times out")
+    found.add_argument("--jobs", type=int, default=1, help="rows at a time, one thread each")
+    found.add_argument("--subset", action="store_true", help="three rows, few steps; rows and steps may still be given")
+    found.add_argument("--runs", type=Path, default=Path("runs/methods"), help="folder of the single runs")
+    found.add_argument("--out", type=Path, default=Path("docs/results/methods"))
+    found.add_argument("--image", type=Path, default=Path("docs/images/methods.png"))
+    return found
 
 
-_Plain = argparse.RawDescriptionHelpFormatter
+def trained(plan: _training.Plan, tasks: Sequence[str], rows: Sequence[str], jobs: int) -> dict[str, dict[str, Any]]:
+    """Task → row → its results; rows that a task does not have are left out."""
+    wanted = [
+        (task, row) for row in rows for task in tasks if row in va.METHODS or row in CONTESTS[task].references
+    ]  # fmt: skip
+    found: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    with ExitStack() as stack:
+        each: Callable[..., Iterable[dict[str, Any]]] = map
+        if jobs > 1:
+            each = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))).map
+        results = each(_training.row, *zip(*wanted), [plan] * len(wanted)) if wanted else []
+        for number, result in enumerate(results, 1):
+            found[result["task"]][result["row"]] = result
+            seconds = sum(run["seconds"] for run in result.get("runs", ()))
+            print(f"[{number}/{len(wanted)}] {result['task']} {result['row']}: {seconds:.0f} s", file=sys.stderr)
+    return found
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Result]:
-    """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=["digits"], default="digits")
-    parser.add_argument("--methods", help="rows to run, by name, separated by commas; default all")
-    parser.add_argument("--domain", default=Setting.domain)
-    parser.add_argument("--shots", type=int, default=Setting.shots)
-    parser.add_argument("--steps", type=int, default=Setting.steps)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
-    parser.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, help="learning rates to try")
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 1 learning rate, 60 steps, 5 rows")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args(arguments)
-    chosen, rates, seeds = rows(options.rank), options.rates, options.seeds
-    names = options.methods.split(",") if options.methods else None
-    setting = Setting(domain=options.domain, shots=options.shots, steps=options.steps)
-    if options.quick:
-        names = names or [row.name for row in chosen[:5]]
-        rates, seeds, setting = LEARNING_RATES[2:3], 2, Setting(domain=options.domain, steps=60)
-    if unknown := set(names or ()) - {row.name for row in chosen}:
-        parser.error(f"--methods: no row {sorted(unknown)}; there are {', '.join(row.name for row in chosen)}")
-    chosen = [row for row in chosen if names is None or row.name in names]
-    results = measure(chosen, setting, rates, seeds, options.jobs)
-    about = [
-        f"command: `python -m benchmarks.methods {shlex.join(_without_out(arguments or sys.argv[1:]))}`",
-        f"commit: {commit()}; torch {torch.__version__}; {os.cpu_count()} cores ({platform.machine()}), "
-        f"{options.jobs} trainings at a time on one thread each; seconds are process time of one training",
-        f"base {setting.base}; domain '{setting.domain}', {setting.shots} images per class; {setting.steps} "
-        f"steps of {BATCH}; adapters of rank {options.rank} on {' and '.join(TARGETS)}, head frozen",
-        f"learning rate of {', '.join(f'{lr:g}' for lr in rates)} by validation accuracy of the first seed",
-        f"mean ± standard deviation over {seeds} seeds, on 500 test digits",
-    ]
+def costs(plan: _training.Plan, rows: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Costs of the methods among the rows, measured together unless they are there."""
+    wanted = {"methods": [row for row in rows if row in va.METHODS], "rank": plan.rank, "rounds": rounds}
+    path = plan.runs / "costs.json"
+    found = _training.stored(path, wanted)
+    if found is None:
+        torch.set_num_threads(1)
+        found = _training.keep(path, wanted, _costs.measure(wanted["methods"], plan.rank, rounds))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make the runs that are missing, then the table, the CSV files and the picture."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    found_parser = parser()
+    if "--subset" in given:
+        found_parser.set_defaults(**SUBSET)
+    options = found_parser.parse_args(given)
+    plan = _training.Plan(options.runs, options.seeds, tuple(options.rates), steps=options.steps)
+    if options.subset:
+        plan = _training.Plan(options.runs, options.seeds, tuple(options.rates), tuple(options.rates), options.steps)
+    found = trained(plan, options.tasks, options.rows, options.jobs)
+    bases = {task: _training.base_score(task, plan) for task in options.tasks}
+    cost = costs(plan, options.rows, options.rounds)
+    about = {
+        "command": shlex.join(["python", "-m", "benchmarks.methods", *_without_paths(given)]),
+        "commit": commit(),
+        "machine": f"torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()})",
+    }
+    text = _standings.table(found, cost, bases, set(va.METHODS))
     options.out.mkdir(parents=True, exist_ok=True)
-    text = markdown(results, about)
-    write(options.out / "methods_digits.md", text)
-    write_csv(options.out / "methods_digits.csv", results, about)
+    with replacing(options.out / "methods.md") as temporary:
+        temporary.write_text(f"# Methods at equal budgets\n\n{text}\n\n{remarks(options, about)}\n", encoding="utf-8")
+    _standings.write_csv(options.out / "methods.csv", found, about)
+    _standings.write_costs(options.out / "costs.csv", cost, about)
+    _standings.picture(options.image, found, cost, set(va.METHODS))
     print(text)
-    return results
+
+
+def remarks(options: argparse.Namespace, about: dict[str, str]) -> str:
+    """How the table was made, and how to read it."""
+    steps = ", ".join(f"{task} {options.steps or CONTESTS[task].steps}" for task in options.tasks)
+    return "\n".join(
+        [
+            *(f"- {name}: `{value}`" for name, value in about.items()),
+            f"- mean ± half of the 95 % interval over {options.seeds} seeds; steps: {steps}",
+            "- bold: the best method of a column, and those whose paired difference to it has an interval with zero in "
+            "it. Everything bold is one group: its order says nothing",
+            f"- learning rate of {', '.join(f'{rate:g}' for rate in options.rates)} by the validation images, on seed "
+            f"{_training.SEARCH_SEED}",
+            "- trained: values in adapters (digits); of the budget: by task; file: the adapter's (digits)",
+            "- step and peak: of a training step of one block of ViT-B/16, A is the frozen block; merge error: of its "
+            "output in float32, relative",
+            "- LoRADropout is scored by the mean of four masks where the task allows it; RACLoRA and XGBLoRA train "
+            "in five links; methods for sequences of tasks are on one task",
+        ]
+    )
+
+
+def _without_paths(arguments: Sequence[str]) -> list[str]:
+    """The command line without folders, which say nothing about results."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "--runs", "--image"):
+            kept.append(argument)
+        skip = argument in ("--out", "--runs", "--image")
+    return kept
 
 
 if __name__ == "__main__":
