@@ -17,7 +17,7 @@ OPTIONS = (
 )
 TOOL_OPTIONS = (
     "--help --output --config --backbone --checkpoint --norms --format --methods --weights --how --rank --sets "
-    "--tolerance --adapter --port --auth"
+    "--tolerance --adapter --base --port --auth --repo --dry-run --private --license --revision"
 )
 PREDICT_OPTIONS = "--adapter --images --output --prompts --seeds --backbone"
 

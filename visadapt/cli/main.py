@@ -24,9 +24,11 @@ FILES = {
     "import": "read a PEFT folder into a visadapt adapter file",
     "compose": "put several adapters into one: sum, SVD, linear, ZipLoRA, Break-for-Make",
     "truncate": "cut an adapter file to a rank: DyLoRA, SoRA, AdaLoRA, BeamLoRA become LoRA",
+    "push": "send an adapter with its model card to the Hugging Face Hub (--dry-run shows it)",
+    "pull": "take an adapter from the Hub: visadapt pull owner/name",
 }
 ABOUT = {
-    "app": "start a demo in the browser: visadapt app classify | segment | adapters",
+    "app": "start a demo in the browser: visadapt app (lists them)",
     "methods": "table of the methods: equation, layers, mergeable, exportable, source",
     "check": "run the property grid of the methods on this machine",
     "completion": "print the shell completion: visadapt completion bash | zsh",

@@ -179,6 +179,46 @@ def truncate(adapter: str, rank: int | None = None, output: str = "truncated.saf
     return 0
 
 
+def push(
+    path: str, repo: str | None = None, private: bool = False, license: str | None = None, dry_run: bool = False
+) -> int:
+    """Send an adapter with its model card to the Hugging Face Hub: visadapt push runs/x/TIME --repo owner/name.
+
+    Adapters go as safetensors, with the card, figures and pictures of the run; checkpoints and logs stay. Paths of
+    this machine are cut to their last name. All goes in one commit. The token is that of `hf auth login` or HF_TOKEN.
+
+    Args:
+        path: Folder of a run or of an export, or one adapter file.
+        repo: owner/name; the repository is made if it is not there.
+        private: Make a new repository private.
+        license: Licence for the card, by its id on the Hub (apache-2.0, cc-by-4.0 …).
+        dry_run: List the files with their sizes and print the card; send nothing.
+    """
+    from visadapt.cli.hub import push as send
+
+    if repo is None:
+        raise UserError("--repo", "this is required and missing", "--repo owner/name")
+    send(existing(path), repo, private or None, license, dry_run)
+    return 0
+
+
+def pull(repo: str, revision: str | None = None, output: str | None = None) -> int:
+    """Take an adapter with its model card from the Hugging Face Hub: visadapt pull owner/name.
+
+    Only safetensors are taken, never pickles, and of a configuration only model and data of known classes. The folder
+    appears whole or not at all.
+
+    Args:
+        repo: owner/name.
+        revision: Branch, tag or commit (default: main).
+        output: Folder to make (default: the repository's name).
+    """
+    from visadapt.cli.hub import pull as take
+
+    take(repo, revision, None if output is None else Path(output))
+    return 0
+
+
 def methods(methods: str | None = None, markdown: bool = False) -> int:
     """Print the catalogue: equation, layer kinds, whether it merges and exports, source.
 
@@ -212,6 +252,8 @@ TOOLS: dict[str, Callable[..., int]] = {
     "import": import_,
     "compose": compose,
     "truncate": truncate,
+    "push": push,
+    "pull": pull,
     "methods": methods,
     "check": check,
 }
@@ -230,7 +272,9 @@ def existing(file: str) -> Path:
 
 
 def _switches(tool: Callable[..., int], args: list[str]) -> list[str]:
-    """``--verbose`` alone means ``--verbose=true``: jsonargparse has no switches for plain functions."""
+    """``--dry-run`` alone means ``--dry_run=true``: jsonargparse has no switches for plain functions."""
+    spelt = {f"--{name.replace('_', '-')}": f"--{name}" for name in signature(tool).parameters}
+    args = [spelt.get(arg.partition("=")[0], arg.partition("=")[0]) + "".join(arg.partition("=")[1:]) for arg in args]
     named = {f"--{name}" for name, p in signature(tool).parameters.items() if p.default is False}
     bare = [i + 1 == len(args) or args[i + 1].startswith("-") for i in range(len(args))]
     return [f"{arg}=true" if arg in named and alone else arg for arg, alone in zip(args, bare)]
