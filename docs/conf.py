@@ -25,6 +25,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 suppress_warnings = ["toc.no_title"]  # a table of results may be a file without a heading
 
+smartquotes = False  # W' is an equation
 html_theme = "furo"
 html_title = "visadapt"
 html_copy_source = False
