@@ -1,5 +1,6 @@
 """Links and pictures of the pages exist; no page asks another host for a picture."""
 
+import re
 from urllib.parse import unquote
 
 import pytest
@@ -24,6 +25,12 @@ def test_links_lead_somewhere(page):
 def test_pictures_are_local(page):
     pictures = [token.attrGet("src") for token, _ in pages.inline(page) if token.type == "image"]
     assert not [source for source in pictures if "//" in source]
+
+
+def test_nothing_private_is_in_pages_or_notebooks():
+    host = "(py" + "pi|npm" + r"js)\.(o" + "rg|c" + "om)|python" + "hosted"
+    for path in [*pages.PAGES, *pages.ROOT.glob("notebooks/*.ipynb"), *pages.ROOT.glob("docs/*.py")]:
+        assert not re.search(host + "|/home/|" + str(pages.ROOT), path.read_text(encoding="utf-8")), path
 
 
 def test_a_wrong_link_would_be_seen(tmp_path):
