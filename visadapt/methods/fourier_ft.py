@@ -52,15 +52,28 @@ class FourierFT(Delta):
             return order[:count].to(layer.device)
 
         self.places: Tensor
-        key = f"places {layer.width} {self._columns} {count} {self.seed} {layer.device}"
-        self.register_buffer("places", self.share(key, make), persistent=False)
+        self.halves: Tensor
+        key = f"{layer.width} {self._columns} {count} {self.seed} {layer.device}"
+        self.register_buffer("places", self.share(f"places {key}", make), persistent=False)
+        self.register_buffer("halves", self.share(f"halves {key}", self._symmetric), persistent=False)
         self.spectrum = zeros(layer, count)
         if self.start == "normal":
             nn.init.normal_(self.spectrum)
 
+    def _symmetric(self) -> Tensor:
+        """Where the coefficients and their mirror images, at −u and −v, lie in the left half of the grid (2, n)."""
+        u, v = self.places // self._columns, self.places % self._columns
+        mirrored = torch.stack([torch.stack([u, v]), torch.stack([-u % self._shape[0], -v % self._columns])])
+        half = self._columns // 2 + 1
+        which = torch.arange(len(self.places), device=u.device).expand(2, -1)
+        inside = mirrored[:, 1] < half
+        return torch.stack([which[inside], (mirrored[:, 0] * half + mirrored[:, 1])[inside]])
+
     def delta(self) -> Tensor:
-        """The formula itself."""
+        """The formula: Re(ifft2(S)) is the real transform of (S + mirrored S) / 2, of which one half is enough."""
         with torch.autocast(self.spectrum.device.type, enabled=False):
-            flat = self.spectrum.new_zeros(self._shape[0] * self._columns)
-            grid = flat.index_copy(0, self.places, self.spectrum * self.alpha).view(-1, self._columns)
-            return torch.fft.ifft2(grid).real.reshape(self._shape)
+            which, where = self.halves
+            values = self.spectrum[which] * (self.alpha / 2)
+            flat = values.new_zeros(self._shape[0] * (self._columns // 2 + 1)).index_add(0, where, values)
+            grid = flat.view(self._shape[0], -1)
+            return torch.fft.irfft2(grid, s=(self._shape[0], self._columns)).reshape(self._shape)
