@@ -39,6 +39,8 @@ KNOBS: dict[str, tuple[Sizes, Options]] = {
     "IA3": (NONE, lambda size, steps: {}),
     "SSF": (NONE, lambda size, steps: {}),
     "RandLoRA": (RANKS[::-1], rank),  # fewer columns need more bases
+    "VeRA": ([size for size in RANKS if size <= 256], rank),  # products of its rank with all tokens: slow beyond
+    "DualLoRA": (RANKS, lambda size, steps: {"rank": size, "bases": size, "tasks": 1}),
     "LoKr": (RANKS, lambda size, steps: {"rank": size, "factor": 2}),  # its own split has no room for so many
     "NICE": (list(range(64, 0, -1)), lambda size, steps: {"reduction": size}),
     "Bat": (SIDES, rank),
