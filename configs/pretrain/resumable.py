@@ -1,4 +1,4 @@
-"""A training loop that goes on where it was interrupted: cosine schedule, averaged weights, progress by line."""
+"""What goes on where it was interrupted: a training loop (cosine schedule, averaged weights), files made once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,14 @@ class Plan:
         """The learning rate of a step."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds; made and written if there is none."""
+    if not file.exists():
+        torch.save(make(), file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+    return torch.load(file, weights_only=True)
 
 
 def train(

@@ -1,10 +1,11 @@
 """Train the judge of prompt adherence on renders, and write it with its validation.
 
-    python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --stage judge  # a few minutes on 2 cores
+    python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --stage judge  # a few minutes on 2 cores, after the VAE
 
 It learns from scenes, the subject, the style, digits, pictures without a known shape (blobs, halves of two shapes,
 empty grounds), and what is nearly the subject or the style and shall not pass for it (parts missing or in another
-colour, other inks, no hatching), a half of them blurred, all with a little noise.
+colour, other inks, no hatching): half of them through the tiny Stable Diffusion's autoencoder, whose renders it is to
+judge and which never saw subject or style; of the others half are blurred. All have a little noise.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from resumable import Plan, train
+from resumable import Plan, once, train
 from safetensors.torch import save
 from torch import Tensor
 
@@ -121,6 +122,12 @@ def as_bytes(images: list[Array]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def as_bytes_of(reconstruct: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Pictures of bytes through an autoencoder, as bytes."""
+    parts = [reconstruct(as_input(part)) for part in images.split(1_000)]
+    return torch.cat([((part + 1) * 127.5).round().byte() for part in parts])
+
+
 def as_input(images: Tensor) -> Tensor:
     """Bytes to [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -133,21 +140,19 @@ def spoiled(images: Tensor, side: int, noise: float) -> Tensor:
     return (blurred + noise * torch.randn_like(blurred)).clamp(-1, 1)
 
 
-def train_judge(folder: Path, scale: float = 1.0) -> Judge:
-    """Train the judge, or finish it."""
-    file = folder / "judge_pictures.pt"
-    if not file.exists():
-        torch.save(pictures(SEED, int(PICTURES * scale), "train"), file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-    images, labels = torch.load(file, weights_only=True)
+def train_judge(folder: Path, reconstruct: Callable[[Tensor], Tensor], scale: float = 1.0) -> Judge:
+    """Train the judge, or finish it; ``reconstruct`` takes pictures in [-1, 1] through the autoencoder."""
+    images, labels = once(folder / "judge_pictures.pt", lambda: pictures(SEED, int(PICTURES * scale), "train"))
+    again = once(folder / "judge_reconstructions.pt", lambda: as_bytes_of(reconstruct, images))
     torch.manual_seed(0)
     network = Judge([len(SHAPES), len(COLOURS), len(BACKGROUNDS)])
 
     def loss(step: int) -> Tensor:
         chosen = torch.randint(len(images), (BATCH,))
-        batch = as_input(images[chosen])
+        through = torch.rand(()) < 0.5
+        batch = as_input((again if through else images)[chosen])
         batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
-        side = int(torch.randint(18, SIDE, ())) if torch.rand(()) < 0.5 else SIDE
+        side = int(torch.randint(18, SIDE, ())) if torch.rand(()) < 0.5 and not through else SIDE
         batch = spoiled(batch, side, float(torch.rand(()) * 0.1)) * (1 + 0.05 * torch.randn(BATCH, 3, 1, 1))
         with torch.autocast("cpu", torch.bfloat16):
             found = network(batch)
@@ -160,20 +165,23 @@ def train_judge(folder: Path, scale: float = 1.0) -> Judge:
 
 
 @torch.no_grad()
-def validate(network: Judge, reconstruct: Callable[[Tensor], Tensor] | None, count: int = 2_000) -> dict:
+def validate(network: Judge, reconstruct: Callable[[Tensor], Tensor], count: int = 2_000) -> dict:
     """Accuracy on held-out renders: as drawn, blurred and noisy, and through an autoencoder.
 
     Photographs' parts and half of the pictures' combinations were never seen in training. ``none`` is the share of
     pictures without a known shape that are given none, ``near`` that of near misses of subject or style that are taken
-    for neither; of subject and style, the share of right answers over all pictures.
+    for neither; of subject and style, the share of pictures with it that it is found in, and ``… false``, that of the
+    others.
     """
     parts = [pictures(SEED + 1, count // 2, split) for split in ("val", "test")]
     images = as_input(torch.cat([part[0] for part in parts]))
     labels = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
     torch.manual_seed(0)
-    versions = {"renders": images, "blurred_and_noisy": spoiled(images, 22, 0.06)}
-    if reconstruct is not None:
-        versions["reconstructed_by_the_vae"] = reconstruct(images)
+    versions = {
+        "renders": images,
+        "blurred_and_noisy": spoiled(images, 22, 0.06),
+        "reconstructed_by_the_vae": reconstruct(images),
+    }
     return {name: _accuracy(network, version, labels) for name, version in versions.items()}
 
 
@@ -182,14 +190,16 @@ def _accuracy(network: Judge, images: Tensor, labels: dict[str, Tensor]) -> dict
     figures = adherence(images, labels | {"shape": labels["shape"].masked_fill(none, -1)}, network)
     found = judged(images, network)
     for name in PRESENT:
-        figures[name] = float((found[name] == labels[name].bool()).float().mean())
+        there = labels[name].bool()
+        figures[name] = float(found[name][there].float().mean())
+        figures[f"{name} false"] = float(found[name][~there].float().mean())
     figures["none"] = float((found["shape"][none] == -1).float().mean())
     seen = torch.stack([found[name] for name in PRESENT]).any(0)
     figures["near"] = float((~seen[labels["near"]]).float().mean())
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def publish_judge(network: Judge, folder: Path, known: dict, reconstruct: Callable[[Tensor], Tensor] | None) -> None:
+def publish_judge(network: Judge, folder: Path, known: dict, reconstruct: Callable[[Tensor], Tensor]) -> None:
     """Write the judge in half precision and its validation."""
     tensors = {k: v.half().contiguous() for k, v in network.state_dict().items() if v.is_floating_point()}
     rounded = Judge(network.classes, network.widths)

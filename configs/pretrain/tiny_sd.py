@@ -1,14 +1,14 @@
 """Pre-train the tiny Stable Diffusion that ships with visadapt on captioned scenes, and the judge of its pictures.
 
     python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --publish  # 2 to 3 hours on 2 cores
-    python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --stage vae  # one stage: judge, vae or unet
+    python configs/pretrain/tiny_sd.py --folder runs/tiny_sd --stage vae  # up to a stage: vae, judge or unet
 
-Three stages, each resumed from its last 250 steps: the judge (tiny_judge.py); the autoencoder, on scenes, doodles with
-textures of photographs, and digits; then text encoder and UNet together on the cached latents of the scenes, predicting
-v with min-SNR weights (Hang et al. 2023, arXiv:2303.09556), 10 % of the captions empty. Neither the subject nor the
-style of visadapt/data/scenes.py is drawn for the last two, nor one in ten of the combinations. ``--publish`` writes
-visadapt/backbones/tiny/tiny_sd/ in diffusers' layout, tiny_sd.json with the figures of the shipped file, the judge and
-docs/images/tiny_sd.png.
+Three stages, each resumed from its last 250 steps: the autoencoder, on scenes, doodles with textures of photographs,
+and digits; the judge (tiny_judge.py); then text encoder and UNet together on the cached latents of the scenes,
+predicting v with min-SNR weights (Hang et al. 2023, arXiv:2303.09556), 10 % of the captions empty. Neither the subject
+nor the style of visadapt/data/scenes.py is drawn for the first and the last, nor one in ten of the combinations.
+``--publish`` writes visadapt/backbones/tiny/tiny_sd/ in diffusers' layout, tiny_sd.json with the figures of the shipped
+file, the judge and docs/images/tiny_sd.png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import numpy as np
 import tiny_sd_networks as networks
 import torch
 from PIL import Image, ImageDraw
-from resumable import Plan, train
+from resumable import Plan, once, train
 from safetensors.torch import load_file, save
 from tiny_judge import as_bytes, as_input, publish_judge, train_judge
 from torch import Tensor, nn
@@ -58,14 +57,6 @@ def latents_file(folder: Path, plan: Plan) -> Path:
 
 
 # --- pictures ----------------------------------------------------------------------------
-def once(file: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds; made and written if there is none."""
-    if not file.exists():
-        torch.save(make(), file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-    return torch.load(file, weights_only=True)
-
-
 def drawn_scenes(count: int) -> tuple[Tensor, Tensor]:
     """Scenes (N, 3, 32, 32) of bytes and the positions (N,) of their combinations in ``specs(False)``."""
     images, which = [], []
@@ -288,7 +279,7 @@ def main() -> None:
     """Train the stages that are not finished, and publish."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--stage", choices=("judge", "vae", "unet"), help="the last stage to train; default: all")
+    parser.add_argument("--stage", choices=("vae", "judge", "unet"), help="the last stage to train; default: all")
     parser.add_argument("--publish", action="store_true", help="write what was trained into the package")
     parser.add_argument(
         "--steps", type=int, help=f"steps of UNet and text encoder ({UNET.steps}); more go on from fewer"
@@ -298,14 +289,17 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     places = PACKAGE if options.into is None else dict.fromkeys(PACKAGE, options.into)
-    judge, vae = train_judge(options.folder, options.scale), None
-    if options.stage != "judge":
-        vae = train_vae(options.folder, options.scale)
+    vae = train_vae(options.folder, options.scale)
+    if options.stage == "vae":
+        return
+
+    def reconstruct(images: Tensor) -> Tensor:
+        return reconstructed(vae, images)
+
+    judge = train_judge(options.folder, reconstruct, options.scale)
     if options.publish:
         known = {name: value for name, value in _origin().items() if name in ("commit", "torch")}
-        publish_judge(
-            judge, places["judge"], known, (lambda images: reconstructed(vae, images)) if vae is not None else None
-        )
+        publish_judge(judge, places["judge"], known, reconstruct)
     if options.stage in (None, "unet"):
         plan = reduced(UNET, options.scale)
         plan = replace(plan, steps=options.steps or plan.steps)
