@@ -54,8 +54,9 @@ class HRA(WeightMap):
         """X − Uᵀ (V x), for vectors x."""
         if len(layer.in_shape) > 1:
             return None
-        u, v = reflections(self.vectors)
-        return x - (layer.pointwise(x, v) @ u.to(x.dtype)).to(x.dtype)
+        u, v = (t.to(x.dtype) for t in reflections(self.vectors))
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, flat @ v.t(), -u).view_as(x)  # subtracts in the product, forward and backward
 
     def penalty(self) -> Tensor | None:
         """How far the vectors are from orthogonal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from visadapt.core.adapter import Delta, zeros
 from visadapt.core.site import Site
 from visadapt.maths.seeded import generator
-from visadapt.maths.wavelet import HIGH, LOW, synthesis_taps, synthesise
+from visadapt.maths.wavelet import HIGH, LOW, synthesis_taps
 
 
 class WaveFT(Delta):
@@ -59,9 +60,12 @@ class WaveFT(Delta):
         self.spectrum = zeros(layer, count)
 
     def _along(self, grid: Tensor, size: int) -> Tensor:
-        """Tᵀ of the first dimension, cut to its size."""
+        """Tᵀ of the first dimension, cut to its size: a product with two columns, which adds the bands as it goes."""
         bands = grid.unflatten(0, (2, -1))  # low, high
-        return synthesise(bands, self.taps[:, :, [LOW, HIGH]], self._offsets, size).sum(0)
+        taps = self.taps[:, :, [LOW, HIGH]]
+        shifted = [(bands if d == 0 else bands.roll(-d, 1)).flatten(1) for d in self._offsets]
+        phases = reduce(torch.add, [tap @ band for tap, band in zip(taps, shifted)])  # (phase, band) · (band, place)
+        return phases.view_as(bands).transpose(0, 1).flatten(0, 1)[:size]
 
     def delta(self) -> Tensor:
         """The formula, one dimension after the other."""
