@@ -10,8 +10,8 @@ from visadapt.cli import files
 from visadapt.cli.errors import UserError
 from visadapt.cli.inspect import describe
 from visadapt.cli.main import find_config
-from visadapt.cli.predict import adapter_file, set_names
-from visadapt.report.run import ADAPTER
+from visadapt.cli.rundir import adapter_file, set_names
+from visadapt.report.facts import ADAPTER
 
 SHIPPED = Path(files.__file__).parents[1] / "backbones" / "tiny"
 # Bases that come with visadapt; those of the diffusion models are there once they are shipped.

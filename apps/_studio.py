@@ -18,13 +18,12 @@ import torch
 import visadapt as va
 from apps import _runs, _safety, _server
 from visadapt.cli.errors import UserError
-from visadapt.cli.predict import set_names
+from visadapt.cli.rundir import set_names
 from visadapt.interop.files import read_keys
 from visadapt.methods import METHODS  # noqa: F401 - a file names methods, their classes must be imported
 from visadapt.report.evaluate import evaluating
 from visadapt.report.set_files import split_sets
 from visadapt.tasks.start import load_file
-from visadapt.tasks.video_passes import is_spatial
 
 KEPT = 16  # uploads that stay on the model; of more, the first ones are loaded again when they are wanted
 _PAIR = {"adapter_config.json", "adapter_model.safetensors"}  # a PEFT folder, as two uploads
@@ -142,7 +141,7 @@ class Studio:
         present = {id(adapter) for adapter in va.adapters(self.model).values()}
         try:
             for own, file in _parts(path).items():
-                rests = self.apart and is_spatial(own)
+                rests = self.apart and _is_appearance(own)
                 more = (f"-{own}", f": {own}") if file != path else ("", "")
                 with warnings.catch_warnings(record=True) as noted:
                     warnings.simplefilter("always", UserWarning)
@@ -167,6 +166,12 @@ def _parts(path: Path) -> dict[str, Path]:
         return {names[0]: path}
     whole = Path(shutil.copy(path, _server.workplace()))
     return {file.stem: file for file in split_sets(whole)}
+
+
+def _is_appearance(name: str) -> bool:
+    from visadapt.tasks.video_passes import is_spatial  # with it comes Lightning, seconds that only clips take
+
+    return is_spatial(name)
 
 
 def _grouped(uploads: Sequence[str]) -> list[list[Path]]:

@@ -14,7 +14,7 @@ from apps._prompting import Wish
 from apps._studio import Studio
 from visadapt.backbones.sd_render import render
 from visadapt.report import tiles
-from visadapt.report.renders import RenderReport
+from visadapt.report.described import save_png
 
 TASKS = ("TextToImage",)
 MOST, OFFERED = 8, 4  # pictures of a request; runs whose newest adapters are offered
@@ -52,12 +52,12 @@ def painted(studio: Studio, wish: Wish, folder: Path, size: Any = None) -> tuple
     ]
     sheet = folder / "base_and_adapted.png"
     tiles.save(tiles.sheet(shown, tiles.fitted(wish.prompt, 15, 600), len(seeds), SIDE), sheet)
-    files, report = [str(sheet)], RenderReport(str(folder))
+    files = [str(sheet)]
     for title, found in rows.items():
         how = wish.how(studio) | ({"strengths": {}} if title == "base" else {})
         for seed, picture in zip(seeds, found, strict=True):
             files.append(str(folder / f"{title}_seed{seed}.png"))
-            report.save(picture, Path(files[-1]), how | {"seed": seed})
+            save_png(picture.permute(1, 2, 0).numpy(), Path(files[-1]), how | {"seed": seed})
     return str(sheet), files, "" if wish.adapted else "No adapter acts, so this is the base alone."
 
 

@@ -168,7 +168,7 @@ class CLI(LightningCLI):
     def _adapters(config: Any) -> list[str]:
         """The adapter files of the command line."""
         given = config.get("adapter") or []
-        return [predict.adapter_file(path) for path in ([given] if isinstance(given, str) else given)]
+        return [rundir.adapter_file(path) for path in ([given] if isinstance(given, str) else given)]
 
     def before_instantiate_classes(self) -> None:
         """Choose the run directory; point `predict` at the images of the command line."""

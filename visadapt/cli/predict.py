@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
@@ -12,12 +9,12 @@ from torch.utils.data import Dataset
 
 from visadapt.cli import sheets
 from visadapt.cli.errors import UserError
+from visadapt.cli.rundir import set_names
 from visadapt.data.base import BaseData, Stage
 from visadapt.data.image_folder import PictureSet
 from visadapt.data.images import find_images, unreadable
 from visadapt.report.facts import read_facts
 from visadapt.report.results import network
-from visadapt.report.run import ADAPTER
 from visadapt.tasks.start import load_file
 
 
@@ -94,30 +91,6 @@ class Strength(Callback):
             va.strength(model, None, **self.strength)
         else:
             va.strength(model, self.strength)
-
-
-def set_names(paths: list[str]) -> list[str | None]:
-    """Names of the sets of several adapter files; one file alone keeps its own.
-
-    The name of the file, or of its folder where that is always the same ("adapter"), and of the folder above that
-    where it is a time: ``runs/subject/20250101-120000/adapter.safetensors`` is "subject".
-    """
-    if len(paths) < 2:
-        return [None] * len(paths)
-    found: list[str | None] = []
-    for path in map(Path, paths):
-        parts = [path.stem if path.is_file() else path.name, *(folder.name for folder in path.resolve().parents)]
-        usual = ("adapter", "pytorch_lora_weights", "peft_adapter", "diffusers_adapter")
-        stem = next((p for p in parts if p not in usual and not re.fullmatch(r"[\d-]*", p)), "set")
-        name = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "set"
-        found.append(name if name not in found else f"{name}-{len(found) + 1}")
-    return found
-
-
-def adapter_file(path: str) -> str:
-    """The adapter file of a run's folder; anything else as it is."""
-    inside = Path(path) / ADAPTER
-    return str(inside) if inside.is_file() else path
 
 
 def use_images(config: Namespace, run_file: str | None) -> None:

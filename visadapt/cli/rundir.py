@@ -1,12 +1,14 @@
-"""Where a run writes: one folder for weights, metrics, events, pictures and the model card."""
+"""Where a run writes: one folder for weights, metrics, events, pictures and the model card; and what it left there."""
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from visadapt.cli.main import find_config
+from visadapt.report.facts import ADAPTER
 
 
 def config_name(config: str | None, fallback: str = "run") -> str:
@@ -58,3 +60,27 @@ def loggers(run_dir: Path, command: str) -> list[Any] | bool:
     places: dict[str, Any] = {"save_dir": str(run_dir.parent), "name": "", "version": run_dir.name}
     csv = CSVLogger(**places)
     return [csv, TensorBoardLogger(**places, default_hp_metric=False)] if command == "fit" else [csv]
+
+
+def set_names(paths: list[str]) -> list[str | None]:
+    """Names of the sets of several adapter files; one file alone keeps its own.
+
+    The name of the file, or of its folder where that is always the same ("adapter"), and of the folder above that
+    where it is a time: ``runs/subject/20250101-120000/adapter.safetensors`` is "subject".
+    """
+    if len(paths) < 2:
+        return [None] * len(paths)
+    found: list[str | None] = []
+    for path in map(Path, paths):
+        parts = [path.stem if path.is_file() else path.name, *(folder.name for folder in path.resolve().parents)]
+        usual = ("adapter", "pytorch_lora_weights", "peft_adapter", "diffusers_adapter")
+        stem = next((p for p in parts if p not in usual and not re.fullmatch(r"[\d-]*", p)), "set")
+        name = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "set"
+        found.append(name if name not in found else f"{name}-{len(found) + 1}")
+    return found
+
+
+def adapter_file(path: str) -> str:
+    """The adapter file of a run's folder; anything else as it is."""
+    inside = Path(path) / ADAPTER
+    return str(inside) if inside.is_file() else path

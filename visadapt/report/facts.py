@@ -14,7 +14,7 @@ from torch import nn
 
 from visadapt.core.files import replacing
 
-FILE = "run.json"
+FILE, ADAPTER = "run.json", "adapter.safetensors"
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from visadapt.core.files import replacing
 from visadapt.report import results, tiles
+from visadapt.report.described import save_png
 from visadapt.report.facts import readable, write_text
 
 SHEET = "contact_sheet.png"
@@ -58,7 +56,7 @@ class RenderReport(Callback):
 
     def save(self, pixels: Tensor, path: Path, how: dict[str, Any]) -> None:
         """Write bytes (3, H, W) as a picture that says how it was made."""
-        _save(pixels.permute(1, 2, 0).numpy(), path, how)
+        save_png(pixels.permute(1, 2, 0).numpy(), path, how)
 
     def first(self, path: Path) -> Image.Image:
         """What the sheet shows of a file."""
@@ -110,19 +108,3 @@ class RenderReport(Callback):
 def _short(prompt: str) -> str:
     """A part of a file's name that resembles a prompt."""
     return re.sub(r"[^A-Za-z0-9]+", "-", prompt)[:48].strip("-") or "prompt"
-
-
-def _save(pixels: np.ndarray, path: Path, how: dict[str, Any]) -> None:
-    info = PngInfo()
-    info.add_text("parameters", _parameters(how, pixels.shape[1], pixels.shape[0]))
-    info.add_text("visadapt", json.dumps(how, ensure_ascii=False))
-    with replacing(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
-
-
-def _parameters(how: dict[str, Any], width: int, height: int) -> str:
-    negative = f"Negative prompt: {how['negative']}\n" if how["negative"] else ""
-    return (
-        f"{how['prompt']}\n{negative}Steps: {how['steps']}, Sampler: {how['sampler']}, CFG scale: {how['guidance']:g}, "
-        f"Seed: {how['seed']}, Size: {width}x{height}, Model: {Path(how['base']).name}"
-    )

@@ -17,11 +17,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from visadapt.report import plots, results
 from visadapt.report.card import PICTURES, card
-from visadapt.report.facts import RunFacts, adapter_sets, versions, write_text
+from visadapt.report.facts import ADAPTER, RunFacts, adapter_sets, versions, write_text
 from visadapt.report.kind import Kind, kind_of
 from visadapt.report.table import print_summary
-
-ADAPTER = "adapter.safetensors"
 
 
 class RunReport(Callback):

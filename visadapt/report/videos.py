@@ -48,7 +48,7 @@ class Videos(Pictures):
 
     def draw(self, trainer: Any, run_dir: Path, names: Sequence[str]) -> Image.Image | None:
         """The animation, a film where PyAV is there, strips of frames, and a file for each set of adapters."""
-        from visadapt.report.run import ADAPTER
+        from visadapt.report.facts import ADAPTER
 
         if (run_dir / ADAPTER).is_file():
             split_sets(run_dir / ADAPTER)
