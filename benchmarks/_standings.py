@@ -16,6 +16,7 @@ from visadapt.core.files import replacing
 
 Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # task → row → what `_training.row` gives
 SURE = 0.95
+NAMED = 6  # leading rows whose names fit into a picture
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def write_costs(path: Path, costs: Mapping[str, Mapping[str, Any]], about: Mappi
 
 
 def picture(path: Path, found: Found, costs: Mapping[str, Mapping[str, Any]], methods: set[str]) -> None:
-    """Score against parameters and against step time, a column per task; named are the leading rows and LoRA."""
+    """Score against parameters and against step time, a column per task; named are some leading rows and LoRA."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -168,6 +169,8 @@ def picture(path: Path, found: Found, costs: Mapping[str, Mapping[str, Any]], me
     for column, task in enumerate(tasks):
         rows = [row for row in found[task] if row in methods and cell(found, task, row).mean is not None]
         first = leading(found, task, rows)
+        sign = CONTESTS[task].better
+        named = {"LoRA", *sorted(first, key=lambda row: -sign * (cell(found, task, row).mean or 0.0))[:NAMED]}
         x_values = (
             ("trained parameters", {row: found[task][row]["runs"][0]["parameters"] for row in rows}),
             ("step time / frozen model", {row: costs[row]["step"] for row in rows if "step" in costs.get(row, {})}),
@@ -177,10 +180,11 @@ def picture(path: Path, found: Found, costs: Mapping[str, Mapping[str, Any]], me
             for row, x in xs.items():
                 one, colour = cell(found, task, row), "tab:blue" if row in first else "tab:gray"
                 axes.errorbar(x, one.mean, half_width(one.finite), fmt="o", color=colour, ms=4, lw=0.8)
-                if row in first or row == "LoRA":
+                if row in named:
                     axes.annotate(row, (x, one.mean), (4, 3), textcoords="offset points", fontsize=7)
-            axes.set(xlabel=label, ylabel=CONTESTS[task].heading, xscale="log")
-            if CONTESTS[task].better < 0:
+            axes.set(xlabel=label, ylabel=CONTESTS[task].heading, xscale="linear" if line else "log")
+            axes.margins(x=0.15)
+            if sign < 0:
                 axes.invert_yaxis()  # up is better everywhere
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
