@@ -210,3 +210,16 @@ def test_inspect_says_what_loads_where(name, here):
     facts = dict(found.facts)
     for key, part in wanted.items():
         assert part in facts[key], (key, facts[key])
+
+
+def test_the_hub_is_asked_for_hub_ids_alone(here, monkeypatch):
+    """The shipped base has a name without an owner; asking for it cost a request and, offline, half a minute."""
+    from diffusers import DiffusionPipeline
+
+    from visadapt.cli.diffusion_files import is_video_base
+
+    asked = []
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: asked.append(name) or {"_class_name": "x"})
+    assert not any(map(is_video_base, ("tiny_sd", "/nowhere", "./nowhere", "vit_base_patch16_224", "owner/name")))
+    assert is_video_base("tiny_video")
+    assert asked == ["owner/name"]

@@ -70,8 +70,8 @@ def _pipeline_class(name: str) -> str | None:
     if index.is_file():
         found: str | None = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
         return found
-    if not is_diffusion_base(name) or Path(name).exists():
-        return None
+    if not is_diffusion_base(name) or Path(name).exists() or name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        return None  # no hub id: the shipped base, say, of which the Hub must not be asked
     from diffusers import DiffusionPipeline
 
     try:
