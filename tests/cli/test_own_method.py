@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import visadapt as va
 from visadapt.cli.main import main
@@ -73,6 +76,10 @@ def test_a_configuration_trains_it_and_its_file_loads_merges_and_exports(toy, he
     assert resolved["model"]["init_args"]["adapters"][0]["method"]["init_args"]["gain"] == 0.5
     assert main(["merge", "own/adapter.safetensors", "--output", "merged.safetensors"]) == 0
     assert main(["export", "own/adapter.safetensors", "--output", "peft"]) == 0
+
+    again = [sys.executable, "-m", "visadapt", "merge", "own/adapter.safetensors", "--output", "again.safetensors"]
+    subprocess.run(again, check=True)  # a process that has not imported the method
+    assert load_file("again.safetensors").keys() == load_file("merged.safetensors").keys()
 
     from visadapt.backbones import TimmViT
     from visadapt.cli.files import base_recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -174,6 +175,10 @@ def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpo
     from visadapt.backbones.timm_vit import TimmViT
     from visadapt.backbones.video_diffusion import VideoDiffusion
 
+    found = config or find_config(str(adapter))
+    if found is not None:
+        yaml_files.check(str(found))
+        _import_methods(Path(found))
     if backbone in NAMES:
         return SAM(name=backbone, checkpoint=checkpoint)  # type: ignore[arg-type]  # one of its names
     if backbone is not None and diffusion_files.is_video_base(backbone):
@@ -186,7 +191,6 @@ def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpo
         return TimmViT(name=backbone, checkpoint=checkpoint)
     if checkpoint is not None:
         raise UserError("--checkpoint", "say of which model these are the weights", "add --backbone NAME")
-    found = config or find_config(str(adapter))
     if found is None:
         stated = _stated_base(adapter)
         raise UserError(
@@ -194,8 +198,32 @@ def base_recipe(adapter: Path, config: str | None, backbone: str | None, checkpo
             "no config.yaml beside it says which base it belongs to",
             f"the file itself names '{stated}': add --backbone {stated}" if stated else "add --backbone or --config",
         )
-    yaml_files.check(str(found))
     return _from_config(Path(found))
+
+
+def _model_of(path: Path) -> dict[str, Any]:
+    """What a configuration says of the model."""
+    import yaml
+
+    model = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model") or {}
+    return model.get("init_args") or model
+
+
+def _import_methods(path: Path) -> None:
+    """Import the modules of a user's own methods that a configuration names, as the run did: a file never does.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    for entry in _model_of(path).get("adapters") or ():
+        method = entry.get("method") or ""
+        name = method if isinstance(method, str) else method.get("class_path", "")
+        module = name.rpartition(".")[0]
+        if module and not name.startswith("visadapt."):
+            try:
+                import_module(module)
+            except ImportError as error:
+                raise UserError(f"{path}: {name}", str(error), "run it in the folder of that module") from error
 
 
 def _stated_base(adapter: Path) -> str:
@@ -207,14 +235,12 @@ def _stated_base(adapter: Path) -> str:
 
 
 def _from_config(path: Path) -> Backbone:
-    import yaml
     from jsonargparse import ArgumentParser
 
     import visadapt.backbones  # noqa: F401 - short class names need their class imported
     from visadapt.backbones.base import Backbone
 
-    model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
-    found = (model.get("init_args") or model).get("backbone")
+    found = _model_of(path).get("backbone")
     if found is None:
         raise UserError(f"{path}: model.backbone", "this is required and missing")
     parser = ArgumentParser(exit_on_error=False)
