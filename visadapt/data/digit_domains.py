@@ -87,6 +87,7 @@ def _on_photograph(ink: Tensor, draws: Draws) -> Tensor:
 
 DOMAINS: dict[str, Domain] = {
     "upright": Domain("light ink on black, as written", (-12, 12), _light_on_dark),
+    "tilted": Domain("light ink on black, turned by 20 to 40 degrees", (20, 40), _light_on_dark, True),
     "rotated": Domain("light ink on black, turned by 30 to 60 degrees", (30, 60), _light_on_dark, True),
     "inverted": Domain("black ink on white", (-12, 12), _dark_on_light),
     "scan": Domain("sepia ink on specked paper, turned by 20 to 45 degrees", (20, 45), _scanned, True),

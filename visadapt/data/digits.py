@@ -20,7 +20,7 @@ _FIXED_SEED = 2024  # validation and test drawings are the same for every seed o
 
 
 class Digits(BaseData):
-    """Digits of scikit-learn drawn as 32 × 32 RGB in a domain: upright, rotated, inverted, scan or texture.
+    """Digits of scikit-learn drawn as 32 × 32 RGB in a domain: upright, tilted, rotated, inverted, scan, texture.
 
     The first 1,297 digits by order are for training, the last 500 for testing; ``val_size`` digits at the end
     of the training part are kept for validation. Validation and test drawings never change. Training digits
