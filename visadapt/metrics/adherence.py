@@ -5,7 +5,8 @@ renders, on blurred and noisy ones, on reconstructions by the tiny Stable Diffus
 colour and the background, and says whether the subject and the style are present. Blobs, chimeras of two shapes and
 empty pictures were among its training data under the name "no known shape", so that a picture gets no credit for
 something that is merely nearest to what was asked; and near misses of subject and style (parts missing, other colours,
-no hatching), so that these have to be there as a whole.
+no hatching), so that these have to be there as a whole. Half of all pictures went through that autoencoder, which
+never saw subject or style: a render can show no more than it lets through.
 """
 
 from __future__ import annotations
