@@ -89,7 +89,15 @@ def diffusion(config, photos, tmp_path):
     return [*options, *small, f"--model.backbone.name={base}", f"--data.root={photos}"]
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS))[:-5])
+def cases():
+    """All of them; rows of the diffusion tasks, half a minute each and but for the method alike, are slow."""
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        name = str(path.relative_to(CONFIGS))[:-5]
+        slow = name.startswith("text_to_") and path.parent.name == "rows" and path.stem != "full"
+        yield pytest.param(path, id=name, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize("config", cases())
 def test_a_configuration_trains(config, photos, maps, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["visadapt"])

@@ -116,7 +116,7 @@ def test_batches_are_the_same_with_and_without_workers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"domain": "scann"}, "'scann' is not one of upright, rotated"),
+        ({"domain": "scann"}, "'scann' is not one of upright, tilted, rotated"),
         ({"source_domain": "up"}, "data.source_domain"),
         ({"classes": [1, 1]}, "different digits"),
         ({"classes": [10]}, "different digits"),
