@@ -45,6 +45,13 @@ class Trains:
     pretrained: bool = True
 
 
+WITHOUT_ADAPTERS = {
+    "head alone": Trains("head"),
+    "from scratch": Trains("all", pretrained=False),
+    "full fine-tuning": Trains("all"),
+}
+
+
 class Kept:
     """A backbone that is loaded once in a process; each task gets a copy of its network."""
 
@@ -145,11 +152,7 @@ class DigitsContest(Contest):
     heading = "digits, accuracy %"
     targets = ("attention", "mlp")
     steps = 120
-    references: ClassVar[dict[str, Trains]] = {
-        "head alone": Trains("head"),
-        "from scratch": Trains("all", pretrained=False),
-        "full fine-tuning": Trains("all"),
-    }
+    references: ClassVar[dict[str, Trains]] = WITHOUT_ADAPTERS
 
     def made(self, adapters: list[va.Adaptation], trains: Trains, optimizer: Any) -> BaseTask:
         backbone: Any = base(self.name) if trains.pretrained else TimmViT("tiny_digits", pretrained=False)
@@ -173,11 +176,7 @@ class MapsContest(Contest):
     heading = "map tiles, IoU %"
     targets = ("encoder.attention", "encoder.mlp")
     steps = 40
-    references: ClassVar[dict[str, Trains]] = {
-        "head alone": Trains("head"),
-        "from scratch": Trains("all", pretrained=False),
-        "full fine-tuning": Trains("all"),
-    }
+    references: ClassVar[dict[str, Trains]] = WITHOUT_ADAPTERS
     ensembles = False
 
     def made(self, adapters: list[va.Adaptation], trains: Trains, optimizer: Any) -> BaseTask:
