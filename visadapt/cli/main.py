@@ -126,8 +126,6 @@ def main(argv: list[str] | None = None) -> int:
         return run(rest)
     # jsonargparse 4.5x warns about calls inside Lightning 2.6, which no user can change
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # Threads that spin while they wait for each other make a tiny model several times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if command == "app":
         from visadapt.cli.app import run as run_app
 
