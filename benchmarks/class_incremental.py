@@ -6,7 +6,8 @@
 Every row is a run of ``visadapt fit`` with a configuration of its own on top of the sequence's, so that anyone can
 repeat a single one. The seed draws the order of the classes, the order of the images and the start. Intervals are of
 95 % (Student's t over the seeds). Rates are compared on validation images, with an order of classes that the table
-does not have. The picture shows the accuracy on the way, and what the update of each task is worth at the end.
+does not have. The pictures show the accuracy on the way, what the update of each task is worth at the end, and the loss
+on the straight way from the weights after the first task to those after the last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import _runs
+from benchmarks import _path, _runs
 
 CONFIGS = Path("configs/class_incremental")
 SEQUENCES = {"digits_sdlora": "digits, 5 tasks of 2 classes"}
@@ -44,6 +45,7 @@ ROWS = {
     "sd_lora_released": "SD-LoRA, directions as released",
 }
 FIGURES = {"last accuracy": 100.0, "average accuracy": 100.0, "forgetting": 100.0}
+PATHS = ("sequential", "sd_lora")  # what the way between the weights is drawn of
 SEARCH_SEED = 99
 
 
@@ -51,7 +53,9 @@ def command(sequence: str, row: str, seed: int, folder: Path, rate: float | None
     """Command line of one run; with a ``rate`` it is compared on validation images."""
     configs = [CONFIGS / f"{sequence}.yaml", CONFIGS / "rows" / f"{row}.yaml"]
     line = [*_runs.command("fit", configs, seed, folder, rate), f"--data.order_seed={seed}", f"--model.seed={seed}"]
-    return line if rate is None else [*line, "--data.evaluate=val"]
+    if rate is not None:
+        return [*line, "--data.evaluate=val"]
+    return [*line, "--model.keep_tasks=true"] if row in PATHS else line
 
 
 def run(sequence: str, row: str, seed: int, out: Path, jobs: int) -> dict[str, Any]:
@@ -126,8 +130,29 @@ def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     plots.save(fig, path)
 
 
+def path_picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Loss on the first task and on all of them, on the way from after the first task to the end; mean over seeds."""
+    from visadapt.report import plots
+
+    fig = plots.figure(11, 3.6)
+    panels = fig.subplots(1, 2)
+    for row in (row for row in PATHS if row in found):
+        loss = torch.stack([_path.losses(facts["folder"]) for facts in found[row]])
+        way = torch.linspace(0, 1, loss.shape[1])
+        for axes, values in zip(panels, (loss[..., 0], loss.mean(2)), strict=True):
+            (line,) = axes.plot(way, values.mean(0), marker="o", markersize=3, label=ROWS[row])
+            axes.fill_between(way, values.amin(0), values.amax(0), alpha=0.15, color=line.get_color())
+    for axes, title in zip(panels, ("loss on the first task", "mean loss on all tasks"), strict=True):
+        axes.set_title(title, color=plots.INK, fontsize=10)
+        axes.set_xlabel("from the weights after task 1 (0) to the last (1)")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7)
+    plots.save(fig, path)
+
+
 def main() -> None:
-    """Run what is missing, write the table, single results and the picture."""
+    """Run what is missing, write the table, single results and the pictures."""
     parser = _runs.parser(__doc__, list(SEQUENCES), list(ROWS), "class_incremental")
     parser.add_argument("--image", type=Path, default=Path("docs/images/class_incremental.png"))
     parser.set_defaults(seeds=5)
@@ -153,6 +178,8 @@ def main() -> None:
     text = "\n\n".join(table(sequence, rows) for sequence, rows in found.items())
     options.out.with_suffix(".md").write_text(f"# Class-incremental learning\n\n{text}\n", encoding="utf-8")
     picture(found[options.tasks[0]], options.image)
+    if any(row in PATHS for row in options.rows):
+        path_picture(found[options.tasks[0]], options.image.with_stem(f"{options.image.stem}_path"))
     print(text)
 
 

@@ -237,6 +237,22 @@ def test_a_run_leaves_matrix_pictures_and_a_merged_model(tmp_path):
     assert torch.equal(loaded(x), task.model(x))
 
 
+@pytest.mark.parametrize("method", [va.SDLoRA(rank=2, tasks=3), va.LoRA(rank=2)])
+def test_a_file_of_each_task_is_kept_where_that_is_wanted(tmp_path, method):
+    x, outputs = torch.randn(5, 8), []
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer, task):
+            outputs.append(task.model(x))
+
+    run(tmp_path, made(method, keep_tasks=True), None, RunReport(str(tmp_path / "run")), Look())
+    files = sorted(path.name for path in (tmp_path / "run").glob("*task*.safetensors"))
+    assert files == ["after_task_1.safetensors", "after_task_2.safetensors"]
+    for name, output in zip([*files, "adapter.safetensors"], outputs[-3:], strict=True):
+        assert torch.equal(va.load(NetBackbone().build(6), tmp_path / "run" / name)(x), output)
+    assert not torch.equal(outputs[-3], outputs[-2])
+
+
 def test_what_cannot_be_is_named(tmp_path):
     with pytest.raises(ValueError, match="7 cannot be shared out over 3 tasks"):
         run(tmp_path, epochs=7)

@@ -55,6 +55,10 @@ class Kind(ABC):
     def draw(self, trainer: Any, run_dir: Path, names: Sequence[str]) -> Image.Image | None:
         """Write the pictures of what ``figures`` has predicted; the one for TensorBoard is returned."""
 
+    def keeps(self, task: Any) -> str | None:
+        """Name of an adapter file of the model as a validation has just found it; None keeps none."""
+        return None
+
     @abstractmethod
     def picture(self, trainer: Any, task: Any) -> Image.Image | None:
         """Predictions of the model as it is now, for TensorBoard."""

@@ -91,8 +91,12 @@ class RunReport(Callback):
             self._loss, self._batches = self._loss + loss.detach(), self._batches + 1
 
     def on_validation_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Remember that there are new values."""
+        """Remember that there are new values; keep a file of the model, if its kind of task wants that."""
         self._validated = not trainer.sanity_checking
+        if self._started and self._reports(trainer) and not trainer.fast_dev_run:
+            name = self._kind.keeps(pl_module)
+            if name is not None:
+                self._save(trainer, pl_module, name)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Add a point to the curves; now and then a picture for TensorBoard."""
@@ -115,16 +119,11 @@ class RunReport(Callback):
         self.seconds, self._started = self._elapsed(), 0.0
         if trainer.fast_dev_run or not self._reports(trainer):
             return
-        import visadapt as va
-
         self.run_dir.mkdir(parents=True, exist_ok=True)
         model = results.network(pl_module)
         facts = self._facts(trainer, pl_module)
         if facts.trainable:
-            extra = {"class_names": json.dumps(facts.class_names)}
-            extra |= getattr(pl_module, "adapter_metadata", dict)()  # what the file must say besides, by the task
-            va.save(model, self.run_dir / ADAPTER, base_name=facts.base, extra=extra)
-            facts.adapter_bytes = (self.run_dir / ADAPTER).stat().st_size
+            facts.adapter_bytes = self._save(trainer, pl_module, ADAPTER)
         if any(len(row) > 1 for row in self.history):
             levels = self._kind.levels(facts.figures)
             plots.save(plots.learning_curves(self.history, levels), self.run_dir / "learning_curves.png")
@@ -144,6 +143,17 @@ class RunReport(Callback):
             rank_zero_warn("sharded model: no pictures and no adapter file; make them from the checkpoint")
         return trainer.is_global_zero and not sharded and not trainer.sanity_checking
 
+    def _save(self, trainer: Any, pl_module: L.LightningModule, name: str) -> int:
+        """Write an adapter file into the run's folder; its size in bytes."""
+        import visadapt as va
+
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        extra = {"class_names": json.dumps(_class_names(trainer))}
+        extra |= getattr(pl_module, "adapter_metadata", dict)()  # what the file must say besides, by the task
+        path = self.run_dir / name
+        va.save(results.network(pl_module), path, base_name=results.base_name(pl_module), extra=extra)
+        return path.stat().st_size
+
     def _facts(self, trainer: Any, pl_module: L.LightningModule) -> RunFacts:
         import visadapt as va
 
@@ -156,7 +166,7 @@ class RunReport(Callback):
             base_hash=results.base_hash(pl_module),
             kind=self._kind.name,
             sets=adapter_sets(model),
-            class_names=list(getattr(trainer.datamodule, "class_names", ())),
+            class_names=_class_names(trainer),
             epochs=trainer.current_epoch,
             steps=trainer.global_step,
             minutes=self.seconds / 60,
@@ -177,3 +187,7 @@ class RunReport(Callback):
     def _to_tensorboard(self, trainer: Any, picture: Any) -> None:
         if picture is not None:
             results.to_tensorboard(trainer, "predictions", np.asarray(picture))
+
+
+def _class_names(trainer: Any) -> list[str]:
+    return list(getattr(trainer.datamodule, "class_names", ()))

@@ -61,6 +61,11 @@ class Sequence(Kind):
                 pass  # `visadapt merge` says why
         return Image.open(run_dir / "accuracy_matrix.png").convert("RGB")
 
+    def keeps(self, task: Any) -> str | None:
+        """Where the task wants that, a file after each of the tasks but the last, whose file is the run's."""
+        wanted = task.keep_tasks and task.task + 1 < len(task.task_classes)
+        return f"after_task_{task.task + 1}.safetensors" if wanted else None
+
     def picture(self, trainer: Any, task: Any) -> Image.Image | None:
         """None: the matrix gets a row per task, not per epoch."""
         return None

@@ -49,6 +49,8 @@ class ClassIncremental(BaseTask):
         oracle: In evaluation, use for each sample the adapters of its own task and the classes of it: what could be
             reached if the task were known.
         label_smoothing: Share of the target that is spread evenly over the classes.
+        keep_tasks: Leave an adapter file of the model as it was after each task, ``after_task_1.safetensors`` and so
+            on, beside the one of the end.
         seed: Source of what is drawn when a task begins.
         optimizer: Any torch optimiser; its ``lr`` and ``weight_decay`` are those of the matrices.
         schedule: Warm-up and decay of the learning rate in each task.
@@ -75,6 +77,7 @@ class ClassIncremental(BaseTask):
         local: bool = True,
         oracle: bool = False,
         label_smoothing: float = 0.0,
+        keep_tasks: bool = False,
         seed: int = 0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule = DEFAULT_SCHEDULE,
@@ -88,7 +91,7 @@ class ClassIncremental(BaseTask):
             raise ValueError(f"model.task_classes: {task_classes} must hold each of the {num_classes} classes")
         self.backbone, self.num_classes, self.task_classes = backbone, num_classes, task_classes
         self.what, self.head, self.local, self.oracle = train, head, local, oracle
-        self.label_smoothing, self.seed = label_smoothing, seed
+        self.label_smoothing, self.keep_tasks, self.seed = label_smoothing, keep_tasks, seed
         self.task, self._begun = 0, 0
         self.matrix = torch.full((len(task_classes), len(task_classes)), math.nan)
         self.sizes = self.matrix.clone()
