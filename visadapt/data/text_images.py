@@ -86,16 +86,8 @@ class TextImages(CaptionedData):
             raise ValueError(f"data.{key}: {value} is too small")
         if (class_root is None) != (class_prompt is None):
             raise ValueError("data.class_root and data.class_prompt belong together: give both or neither")
-        self.root, self.instance_prompt, self.caption_column = (
-            existing_folder(root, "root"),
-            instance_prompt,
-            caption_column,
-        )
-        parts = split_folders(self.root)
-        self.train_root = parts.get("train", self.root)
-        self.val_root = parts.get("val") if val_root is None else existing_folder(val_root, "val_root")
-        if self.val_root is not None and val_size:
-            raise ValueError(f"data.val_size: validation pictures come from '{self.val_root}' already; set it to 0")
+        self.root, self.train_root, self.val_root = folders_of(root, val_root, val_size, "pictures")
+        self.instance_prompt, self.caption_column = instance_prompt, caption_column
         self.repeats, self.val_size = repeats, val_size
         self.masks = None if masks is None else existing_folder(masks, "masks")
         self.class_images = ClassImages(class_root, class_prompt or "", class_images) if class_root else None
@@ -160,6 +152,21 @@ def existing_folder(path: str, key: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"data.{key}: folder '{path}' does not exist")
     return folder
+
+
+def folders_of(root: str, val_root: str | None, val_size: int, what: str) -> tuple[Path, Path, Path | None]:
+    """A folder, the part of it that trains, and where validation has its own, that folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: Validation is told twice where to come from.
+    """
+    whole = existing_folder(root, "root")
+    parts = split_folders(whole)
+    held = parts.get("val") if val_root is None else existing_folder(val_root, "val_root")
+    if held is not None and val_size:
+        raise ValueError(f"data.val_size: validation {what} come from '{held}' already; set it to 0")
+    return whole, parts.get("train", whole), held
 
 
 def held_out(paths: Collection[Path], count: int, seed: int, root: Path, what: str = "pictures") -> set[Path]:

@@ -16,9 +16,8 @@ from visadapt.data.captioned_data import PLAIN
 from visadapt.data.captions import Captions, captions_of, walk
 from visadapt.data.clip_data import ClipData
 from visadapt.data.clips import Clip
-from visadapt.data.image_folder import split_folders
 from visadapt.data.masks import in_parallel, raise_all
-from visadapt.data.text_images import existing_folder, held_out
+from visadapt.data.text_images import folders_of, held_out
 from visadapt.data.video_files import ANIMATIONS, VIDEOS, BadClip, Source, find_clips, look
 
 
@@ -92,16 +91,8 @@ class VideoFolder(ClipData):
             raise ValueError(f"data.fps: {fps} must be positive, and takes the place of data.stride: {stride}")
         if val_size < 0:
             raise ValueError(f"data.val_size: {val_size} is too small")
-        self.root, self.instance_prompt, self.caption_column = (
-            existing_folder(root, "root"),
-            instance_prompt,
-            caption_column,
-        )
-        parts = split_folders(self.root)
-        self.train_root = parts.get("train", self.root)
-        self.val_root = parts.get("val") if val_root is None else existing_folder(val_root, "val_root")
-        if self.val_root is not None and val_size:
-            raise ValueError(f"data.val_size: validation clips come from '{self.val_root}' already; set it to 0")
+        self.root, self.train_root, self.val_root = folders_of(root, val_root, val_size, "clips")
+        self.instance_prompt, self.caption_column = instance_prompt, caption_column
         self.frames, self.stride, self.fps = frames, stride, fps
         self.repeats, self.val_size = repeats, val_size
         self._found: dict[Path, list[tuple[ClipFile, int]]] = {}
