@@ -57,6 +57,7 @@ class Judged:
     verdict: str
 
 
+MERGED = "W + ΔW is kept, 2.3 MiB: building it again costs 0.15 A"
 FREED = "the study counts what PEFT frees before forward returns; see kept bytes"
 
 MUST: tuple[Bar, ...] = (
@@ -133,6 +134,29 @@ MUST: tuple[Bar, ...] = (
         "full relu",
         missed="the literal keeps 9.1 MiB, the official code 11.5",
     ),
+    Bar("MiSS", "linear768", "step", 0.95, "peft"),
+    Bar("MiSS", "linear768", "step", 1.12),
+    Bar("MiSS", "linear768", "saved", 1.0, "peft"),
+    Bar("VeRA", "linear768", "step", 1.0, "peft"),
+    Bar("VeRA", "linear768", "saved", 0.30, "peft", missed="the scaled factors are kept, 1.5 MiB"),
+    Bar("RandLoRA", "linear768", "step", 0.57, "peft"),
+    Bar("RandLoRA", "linear768", "step", 2.05),
+    Bar("RandLoRA", "linear768", "saved", 1.0, "peft", missed="by 2 KiB: alpha times lambda is kept"),
+    Bar("FourierFT", "linear768", "step", 0.52, "peft"),
+    Bar("FourierFT", "linear768", "step", 1.40),
+    Bar("FourierFT", "linear768", "saved", 0.70, "peft", missed=MERGED),
+    Bar("WaveFT", "linear768", "step", 0.48, "peft"),
+    Bar("WaveFT", "linear768", "step", 1.30),
+    Bar("WaveFT", "linear768", "saved", 0.70, "peft", missed=MERGED),
+    Bar("HRA", "linear768", "step", 0.48, "peft"),
+    Bar("HRA", "linear768", "step", 1.24),
+    Bar("HRA", "linear768", "saved", 0.20, "peft"),
+    Bar("BOFT", "linear768", "step", 0.33, "peft"),
+    Bar("BOFT", "linear768", "step", 1.32),
+    Bar("BOFT", "linear768", "saved", 0.70, "peft"),
+    Bar("OFT", "linear768", "step", 1.0, "peft"),
+    Bar("OFT", "linear768", "step", 1.25),
+    Bar("OFT", "linear768", "saved", 1.0, "peft"),
     Bar("optimizer", "256 tensors", "step", 0.20, "AdamW"),
     Bar("optimizer", "1200 tensors", "step", 0.20, "AdamW"),
 )

@@ -109,6 +109,19 @@ def salt_top(host: Host, model: nn.Module) -> int:
     return int(SALT_TOP * min(widths))
 
 
+# Of these only PEFT's form is measured, at the size of our defaults; its coefficients and bases are drawn otherwise.
+CATALOGUE: dict[str, tuple[str, dict[str, object]]] = {
+    "MiSS": ("MissConfig", {"r": 64}),
+    "VeRA": ("VeraConfig", {"r": 256}),
+    "RandLoRA": ("RandLoraConfig", {"r": RANK}),
+    "FourierFT": ("FourierFTConfig", {"n_frequency": 1000}),
+    "WaveFT": ("WaveFTConfig", {"n_frequency": 2592}),
+    "HRA": ("HRAConfig", {"r": RANK}),
+    "OFT": ("OFTConfig", {"oft_block_size": 32}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 8, "boft_n_butterfly_factor": 2}),
+}
+
+
 def peft(config: str, variant: str = "", cast: bool = True, **options: object) -> Recipe:
     """A PEFT configuration; ``cast`` is its default of fp32 adapters under a half-precision base."""
 
@@ -116,12 +129,10 @@ def peft(config: str, variant: str = "", cast: bool = True, **options: object) -
         if importlib.util.find_spec("peft") is None:
             raise Unavailable("peft is not installed (pip install visadapt[bench])")
         import peft as library
-        from peft.tuners.tuners_utils import cast_adapter_dtype
 
         dtype = next(model.parameters()).dtype
-        configuration = getattr(library, config)(r=RANK, target_modules=host.pattern, **options)
-        model = library.inject_adapter_in_model(configuration, model)
-        cast_adapter_dtype(model, "default", autocast_adapter_dtype=cast)
+        configuration = getattr(library, config)(target_modules=host.pattern, **options)
+        model = library.get_peft_model(model, configuration, autocast_adapter_dtype=cast).base_model.model
         if not cast:
             for name, parameter in model.named_parameters():
                 if "default" in name:
@@ -188,19 +199,19 @@ def recipes(method: str, host: Host, dtype: torch.dtype, peers: tuple[str, ...])
     if whole and method in ("LoRA", "FLoRA", "WaRA", "LoHa", "DoRA"):
         found.append(ours(method, "lean", lean=True))
     if method == "LoRA":
-        found += [peft("LoraConfig", lora_alpha=RANK), lycoris("LoConModule")]
+        found += [peft("LoraConfig", r=RANK, lora_alpha=RANK), lycoris("LoConModule")]
         found.append(lycoris("LoConModule", "bypass", bypass_mode=True))
         if half:
-            found.append(peft("LoraConfig", "half adapters", cast=False, lora_alpha=RANK))
+            found.append(peft("LoraConfig", "half adapters", cast=False, r=RANK, lora_alpha=RANK))
     elif method == "DoRA":
-        found.append(peft("LoraConfig", lora_alpha=RANK, use_dora=True))
+        found.append(peft("LoraConfig", r=RANK, lora_alpha=RANK, use_dora=True))
         found.append(lycoris("LoConModule", weight_decompose=True))
         if half:
-            found.append(peft("LoraConfig", "half adapters", cast=False, lora_alpha=RANK, use_dora=True))
+            found.append(peft("LoraConfig", "half adapters", cast=False, r=RANK, lora_alpha=RANK, use_dora=True))
     elif method == "LoHa":
-        found += [peft("LoHaConfig", alpha=RANK), lycoris("LohaModule")]
+        found += [peft("LoHaConfig", r=RANK, alpha=RANK), lycoris("LohaModule")]
     elif method == "LoKr":
-        found += [peft("LoKrConfig", alpha=RANK), lycoris("LokrModule")]
+        found += [peft("LoKrConfig", r=RANK, alpha=RANK), lycoris("LokrModule")]
         found.append(lycoris("LokrModule", "bypass", bypass_mode=True))
     elif method == "FLoRA":
         found.append(dense("FLoRA"))
@@ -211,6 +222,9 @@ def recipes(method: str, host: Host, dtype: torch.dtype, peers: tuple[str, ...])
         if not whole:
             deep = {"variant": "3 levels", "group": "3 levels", "levels": 3}
             found += [ours("WaRA", **deep), dense("WaRA", **deep)]
+    elif method in CATALOGUE:
+        config, options = CATALOGUE[method]
+        found.append(peft(config, **options))  # type: ignore[arg-type]
     elif method in literal.FORMS:
         found.append(dense(method))
         if method == "SALT":

@@ -60,25 +60,33 @@ NAMES: dict[tuple[str, str], dict[str, str]] = {
     ("Hydra", "literal"): {name: name for name, _ in _BRANCHES},
     ("SSF", "visadapt"): _ours(gamma="scale", beta="shift"),
     ("SSF", "literal"): {"gamma": "gamma", "beta": "beta"},
+    ("MiSS", "visadapt"): _ours(shard="shard"),
+    ("MiSS", "peft"): {"shard": r"miss_block\.default"},
+    ("HRA", "visadapt"): _ours(vectors="vectors"),
+    ("HRA", "peft"): {"vectors": r"hra_u\.default"},
 }
+TRANSPOSED = {("MiSS", "peft"), ("HRA", "peft")}
 # LyCORIS differentiates DoRA's norm; PEFT and we hold it constant (section 4.3 of the DoRA paper)
 OTHER_GRADIENT = {("DoRA", "lycoris"): ("down", "up")}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter that stores a canonical matrix, row by row (vectors are one row)."""
+    """A parameter that stores a canonical matrix, row by row (vectors are one row) or column by column."""
 
     parameter: nn.Parameter
+    transposed: bool = False
 
     def canonical(self, value: Tensor) -> Tensor:
         """A value or gradient of the parameter as the canonical matrix."""
+        if self.transposed:
+            return value.t()
         return value.reshape(1, -1) if max(value.shape) == value.numel() else value.reshape(len(value), -1)
 
     def fill(self, matrix: Tensor) -> None:
         """Store a canonical matrix."""
         with torch.no_grad():
-            self.parameter.copy_(matrix.reshape(self.parameter.shape))
+            self.parameter.copy_((matrix.t() if self.transposed else matrix).reshape(self.parameter.shape))
 
 
 def slots(case: Case) -> dict[str, list[Slot]]:
@@ -88,7 +96,7 @@ def slots(case: Case) -> dict[str, list[Slot]]:
     for name, parameter in case.model.named_parameters():
         for canonical, end in NAMES[case.method, case.source].items():
             if id(parameter) in trained and re.search(rf"(^|\.){end}$", name):
-                found.setdefault(canonical, []).append(Slot(parameter))
+                found.setdefault(canonical, []).append(Slot(parameter, (case.method, case.source) in TRANSPOSED))
     return found
 
 

@@ -92,8 +92,14 @@ def test_trained_parameters_and_cost_below_the_published_form(method, trained):
             assert mine.kept_mib <= literal.kept_mib + folded
 
 
-@pytest.mark.parametrize("host", [linear(16), CONV], ids=["linear", "conv"])
-@pytest.mark.parametrize("method", _cases.COMPARED)
+@pytest.mark.parametrize(
+    ("host", "method"),
+    [
+        *((host, method) for host in (linear(16), CONV) for method in _cases.COMPARED),
+        *((linear(16, 128), method) for method in ("MiSS", "HRA")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_ours_equals_every_peer_in_float64(host, method):
     """Output, gradient of the input and of every adapter tensor, at weights that are not the initial ones."""
     pytest.importorskip("peft")
@@ -109,6 +115,18 @@ def test_ours_equals_every_peer_in_float64(host, method):
                 assert _equal.relative_error(ours, peer, host, x) < 1e-12, (ours.label, peer.label)
                 compared += 1
     assert compared
+
+
+@pytest.mark.parametrize("method", sorted(set(_cases.CATALOGUE) - {"BOFT"}))  # PEFT's is of one factor without CUDA
+def test_peers_of_the_catalogue_have_the_size_of_ours(method):
+    pytest.importorskip("peft")
+    host = linear(16, 128, 64)
+    base = freeze(host.build(False))
+    ours, peer = (
+        _cases.make(method, recipe, host, base) for recipe in _cases.recipes(method, host, torch.float32, PEERS)
+    )
+    counts = [sum(parameter.numel() for parameter in case.trained) for case in (ours, peer)]
+    assert counts[0] == counts[1]
 
 
 def test_a_wrong_case_fails_its_row(monkeypatch):

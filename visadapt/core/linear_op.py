@@ -4,6 +4,7 @@ Gradients (g = ∂L/∂y; matrix notation, the same with convolutions):
     z = down x                 (positions, r); saved, or made in backward where the forward pass merges
     ∂up = gain ⊙ (gᵀ z)        ∂gain = Σ g ⊙ (y − b) / gain
     ∂z = g (gain ⊙ up)         ∂down = (∂z)ᵀ x        ∂x = g (gain ⊙ W) + (∂z) down
+(where the forward pass merges and down is frozen: ∂x = g W', without ∂z)
 Saved for backward: x (or what it can be recomputed from, core/lean.py), z, and the output y where
 there is a gain; never anything of the size of W. The in-place update of the base output, the
 row-major up-factor and reductions without einsum are worth 10-20 % of a step each on their own.
@@ -107,11 +108,11 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, made: Recipe | None, rows: list[Rows], x: Tensor, y: Tensor, rest: list[Tensor | None]) -> None:
         """Save x or its recipe's sources, y where a gain needs it, then z, weight, bias and the factors."""
-        ctx.made, ctx.rows = made, rows
+        ctx.made, ctx.rows, ctx.shape = made, rows, x.shape
         ctx.train_down = any(ctx.needs_input_grad[-len(rest[3:]) :][0::3])
         if not ctx.train_down:  # LoRA-FA: only the shape of x is needed
-            made, ctx.made, x = None, None, x.new_empty(1).expand(x.shape)
-        kept = (x,) if made is None else made.sources
+            made = ctx.made = None
+        kept: tuple[Tensor | None, ...] = (x if ctx.train_down else None,) if made is None else made.sources
         if made is not None:
             made.sources = ()  # kept by autograd alone, which lets go of them in backward
         ctx.count = len(kept)
@@ -119,7 +120,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def restore(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        """x, y (or None) and the rest.
+        """The input x (its shape alone where down is frozen), y (or None) and the rest.
 
         Raises:
             RuntimeError: a later layer wrote into the output in place.
@@ -133,8 +134,10 @@ class _Update(torch.autograd.Function):
                 "a tensor that an adapter keeps for its gradient was overwritten in place; methods with a "
                 "magnitude (DoRA) keep the layer's output, so set inplace=False on the activation behind the layer"
             ) from error
-        x = saved[0] if ctx.made is None else ctx.made.run(saved[: ctx.count])
-        return x, saved[ctx.count], saved[ctx.count + 1 :]
+        y, rest = saved[ctx.count], saved[ctx.count + 1 :]
+        if not ctx.train_down:
+            return rest[1].new_empty(1).expand(ctx.shape), y, rest
+        return saved[0] if ctx.made is None else ctx.made.run(saved[: ctx.count]), y, rest
 
 
 def _slice(rows: Rows) -> slice:
@@ -185,12 +188,14 @@ class LinearUpdate(_Update):
         downs, ups, gains = flat[0::3], flat[1::3], flat[2::3]
         flat_x = x.reshape(-1, x.shape[-1])
         gained = any(gain is not None for gain in gains)
-        z = None
-        if merged_is_cheaper(len(flat_x), weight) and any(ctx.needs_input_grad[5::3]):
-            y = F.linear(x, _merge(weight, downs, ups, gains, rows), bias)  # z waits until backward
+        merges = merged_is_cheaper(len(flat_x), weight)
+        # With x kept for ∂down, z waits until backward.
+        z = None if merges and any(ctx.needs_input_grad[5::3]) else flat_x @ _join(downs).t()
+        if merges:
+            y = F.linear(x, _merge(weight, downs, ups, gains, rows), bias)
         else:
-            z = flat_x @ _join(downs).t()
             y = F.linear(x, weight, None if gained else bias)
+            assert z is not None
             flat_y = y.view(-1, y.shape[-1])
             for up, gain, r, part_z in zip(ups, gains, rows, z.split([up.shape[1] for up in ups], 1)):
                 part = flat_y[:, _slice(r)].addmm_(part_z, up.t().contiguous())  # (r, rows): along memory
@@ -213,6 +218,8 @@ class LinearUpdate(_Update):
             grad_bias = g.sum(0) if bias is not None and ctx.needs_input_grad[4] else None
             sizes = [up.shape[1] for up in ups]
             grads: list[Tensor | None] = []
+            # ∂z is for ∂down and for ∂x; where down is frozen the merged weight may give ∂x alone.
+            merges = not ctx.train_down and merged_is_cheaper(len(g), weight)
             grad_z = torch.empty_like(z)
             for up, gain, rows, part_z, part_gz in zip(ups, gains, ctx.rows, z.split(sizes, 1), grad_z.split(sizes, 1)):
                 part, grad_gain = g[:, _slice(rows)], None
@@ -227,12 +234,15 @@ class LinearUpdate(_Update):
                     dots = _column_dots(part, y.reshape(len(g), -1)[:, _slice(rows)])
                     grad_gain = (dots if bias is None else dots - total[0] * bias[_slice(rows)]) / gain
                     grad_up, up = grad_up * gain, up * gain[:, None]
-                torch.mm(part, up, out=part_gz)
+                if not merges:
+                    torch.mm(part, up, out=part_gz)
                 grads += [None, grad_up.t(), grad_gain]
             if ctx.train_down:
                 grads[0::3] = (grad_z.t().contiguous() @ flat_x).split(sizes)
             grad_x = None
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2] and merges:
+                grad_x = (g @ _merge(weight, downs, ups, gains, ctx.rows)).view(x.shape)
+            elif ctx.needs_input_grad[2]:
                 grad_x = (g @ _gained(weight, gains, ctx.rows)).addmm_(grad_z, down).view(x.shape)
             return None, None, grad_x, None, grad_bias, *grads
 

@@ -54,6 +54,8 @@ class MiSS(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The sums at each tap of the kernel, and D."""
         kernel = self.shard.shape[2:]
+        if not kernel:
+            return self.groups, self._shards()
         taps = torch.eye(math.prod(kernel), dtype=self.groups.dtype, device=self.groups.device).view(-1, *kernel)
         down = torch.einsum("ri,t...->rti...", self.groups, taps).flatten(0, 1)
         return down, self._shards().flatten(1)

@@ -73,6 +73,7 @@ class RandLoRA(Delta):
 
     def delta(self) -> Tensor:
         """One product of the bases side by side with their scaled rows below each other."""
-        rows = (self.lamda * (self.alpha / self.lamda.shape[1]))[:, :, None] * self.right * self.gamma[:, None]
+        scales = (self.lamda * (self.alpha / self.lamda.shape[1]))[:, :, None] * self.gamma[:, None]
+        rows = scales * self.right  # in this order backward keeps no product
         change = self.left.flatten(1) @ rows.flatten(0, 1)
         return (change.t() if self._turned else change).reshape(-1, *self._shape)
