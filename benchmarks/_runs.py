@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -63,6 +64,28 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean, and the standard deviation where there are several values; empty without any."""
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}" if values else ""
+
+
+def commit() -> str:
+    """The commit of the code, with a mark if files differ from it."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """How a benchmark was called, without folders, which say nothing about results."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--out", "--runs", "--image"):
+            kept.append(argument)
+        skip = argument in ("--out", "--runs", "--image")
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *kept])
+
+
+def write_page(path: Path, title: str, text: str) -> None:
+    """Write a page of results of the benchmark that runs, which says how and from what code it was made."""
+    made = f"`{command_line(Path(sys.argv[0]).stem, sys.argv[1:])}` at {commit()}, on {os.cpu_count()} cores."
+    path.write_text(f"# {title}\n\n{made}\n\n{text}\n", encoding="utf-8")
 
 
 def parser(text: str | None, tasks: Sequence[str], rows: Sequence[str], name: str) -> argparse.ArgumentParser:

@@ -176,7 +176,7 @@ def main() -> None:
             costs = {name: facts[name] for name in ("trainable", "minutes")}
             writer.writerows([sequence, row, seed, name, value] for name, value in (facts["figures"] | costs).items())
     text = "\n\n".join(table(sequence, rows) for sequence, rows in found.items())
-    options.out.with_suffix(".md").write_text(f"# Class-incremental learning\n\n{text}\n", encoding="utf-8")
+    _runs.write_page(options.out.with_suffix(".md"), "Class-incremental learning", text)
     picture(found[options.tasks[0]], options.image)
     if any(row in PATHS for row in options.rows):
         path_picture(found[options.tasks[0]], options.image.with_stem(f"{options.image.stem}_path"))

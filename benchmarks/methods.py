@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,17 +29,11 @@ from typing import Any
 import torch
 
 import visadapt as va
-from benchmarks import _costs, _standings, _training
+from benchmarks import _costs, _runs, _standings, _training
 from benchmarks._contests import CONTESTS
 from visadapt.core.files import replacing
 
 SUBSET = {"rows": ["LoRA", "SSF", "LoRASB"], "seeds": 2, "rates": (5e-3,), "steps": 4, "rounds": 1}
-
-
-def commit() -> str:
-    """The commit of the code, with a mark if files differ from it."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bases = {task: _training.base_score(task, plan) for task in options.tasks}
     cost = costs(plan, options.rows, options.rounds)
     about = {
-        "command": shlex.join(["python", "-m", "benchmarks.methods", *_without_paths(given)]),
-        "commit": commit(),
+        "command": _runs.command_line("methods", given),
+        "commit": _runs.commit(),
         "machine": f"torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()})",
     }
     text = _standings.table(found, cost, bases, set(va.METHODS))
@@ -137,16 +129,6 @@ def remarks(options: argparse.Namespace, about: dict[str, str]) -> str:
             "in five links; methods for sequences of tasks are on one task",
         ]
     )
-
-
-def _without_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line without folders, which say nothing about results."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument not in ("--out", "--runs", "--image"):
-            kept.append(argument)
-        skip = argument in ("--out", "--runs", "--image")
-    return kept
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main() -> None:
             found.setdefault((task, row), []).append(result)
             writer.writerow([task, row, seed, *result.values()])
     text = table(found, options.tasks)
-    options.out.with_suffix(".md").write_text(f"# Adapters of SAM on map tiles\n\n{text}\n", encoding="utf-8")
+    _runs.write_page(options.out.with_suffix(".md"), "Adapters of SAM on map tiles", text)
     print(text)
 
 

@@ -165,7 +165,7 @@ def main() -> None:
     found = _figures.grouped(wanted, results)
     _figures.write_csv(options.out.with_suffix(".csv"), wanted, results)
     text = "\n\n".join(table(found[task], task) for task in options.tasks)
-    options.out.with_suffix(".md").write_text(f"# A subject and a style from 20 pictures\n\n{text}\n", encoding="utf-8")
+    _runs.write_page(options.out.with_suffix(".md"), "A subject and a style from 20 pictures", text)
     options.image.parent.mkdir(parents=True, exist_ok=True)
     tiles.save(picture(options.tasks, options.rows, options.runs), options.image)
     print(text)

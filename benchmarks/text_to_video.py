@@ -186,7 +186,7 @@ def main() -> None:
     found = _figures.grouped(wanted, results)
     _figures.write_csv(options.out.with_suffix(".csv"), wanted, results)
     text = "\n\n".join(_figures.table(found[task], task, COLUMNS[task], ROWS) for task in options.tasks)
-    options.out.with_suffix(".md").write_text(f"# A motion from one clip, and from eight\n\n{text}\n", encoding="utf-8")
+    _runs.write_page(options.out.with_suffix(".md"), "A motion from one clip, and from eight", text)
     for task in options.tasks:
         picture(task, options.rows, options.runs, options.images / f"text_to_video_{task}.png")
     print(text)

@@ -29,6 +29,14 @@ def test_command_lines_stack_the_row_on_the_task():
     assert "--model.seed=1" in text_to_image.command("style", "wara", 1, Path("out"))
 
 
+def test_pages_say_how_they_were_made_without_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/segmentation.py", "--jobs", "2", "--runs", "/somewhere", "--seeds=3"])
+    _runs.write_page(tmp_path / "page.md", "Title", "| a |")
+    title, made, text = (tmp_path / "page.md").read_text().strip().split("\n\n")
+    assert (title, text) == ("# Title", "| a |")
+    assert made.startswith(f"`python -m benchmarks.segmentation --jobs 2 --seeds=3` at {_runs.commit()}, on ")
+
+
 @pytest.mark.parametrize("module", [segmentation, text_to_image, text_to_video])
 def test_every_row_and_task_has_its_configuration(module):
     tasks = module.TASKS if module is segmentation else module.COLUMNS
