@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import visadapt as va
 from benchmarks import _counts
 from visadapt.core import lean_layers
+from visadapt.core.lean import recipe
 from visadapt.core.lean_layers import GatedGELU, LeanConv2d, lean
 
 
@@ -108,6 +109,15 @@ def test_an_adapted_layer_keeps_no_input_that_can_be_made_again():
     x = X.clone().requires_grad_()
     both, input_bytes = [saved(model, x) for model in models], X.numel() * 8
     assert both[0] - both[1] > 4 * input_bytes, "two SiLUs, two convolutions' inputs and a gelu"
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(8), nn.GroupNorm(5, 5)], ids=["layer", "group"])
+def test_norms_are_made_again_bit_for_bit(layer):
+    for parameter in layer.requires_grad_(False).parameters():
+        nn.init.normal_(parameter)
+    y = lean(layer)(torch.randn(3, 5, 8, 8).requires_grad_())
+    made = recipe(y, y.dtype)
+    assert torch.equal(made.run(made.sources), y)
 
 
 def test_backward_lets_go_of_what_it_used():

@@ -94,6 +94,9 @@ def _layer_norm(node: Any) -> Any:
     weight, bias, mean, rstd = node._saved_weight, node._saved_bias, node._saved_result1, node._saved_result2
     if weight is None or bias is None:
         return None
+    if NORM in node.metadata:  # by `LeanLayerNorm`: one pass instead of three
+        _, eps = node.metadata[NORM]
+        return (lambda h, w, b: F.layer_norm(h, w.shape, w, b, eps)), (node._saved_input, weight, bias)
 
     def make(h: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.addcmul(bias, (h - mean).mul_(rstd), weight)
@@ -104,9 +107,9 @@ def _layer_norm(node: Any) -> Any:
 def _group_norm(node: Any) -> Any:
     # The node lacks bias and epsilon, which `LeanGroupNorm` notes on it. Statistics are made again: that costs
     # less than two broadcast passes with the kept ones, and gives the same bits.
-    if GROUP_NORM not in node.metadata or node._saved_weight is None:
+    if NORM not in node.metadata or node._saved_weight is None:
         return None
-    (bias, eps), groups = node.metadata[GROUP_NORM], node._saved_group
+    (bias, eps), groups = node.metadata[NORM], node._saved_group
 
     def make(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.group_norm(h, groups, weight, bias.to(weight.dtype), eps)
@@ -126,7 +129,7 @@ def _attention(node: Any) -> Any:
     return (lambda out: out), (output,)
 
 
-GROUP_NORM = "visadapt.group_norm"
+NORM = "visadapt.norm"
 _PRODUCERS: dict[str, Callable[[Any], Any]] = {
     "GeluBackward0": _gelu,
     "SiluBackward0": _silu,

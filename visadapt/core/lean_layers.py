@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visadapt.core import ops
-from visadapt.core.lean import GROUP_NORM, Recipe, active, keeps_little, recipe
+from visadapt.core.lean import NORM, Recipe, active, keeps_little, recipe
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -106,7 +106,19 @@ class LeanGroupNorm(nn.GroupNorm):
         y = super().forward(input)
         node: Any = y.grad_fn if active() else None
         if node is not None and node.name() == "NativeGroupNormBackward0":
-            node.metadata[GROUP_NORM] = (self.bias, self.eps)
+            node.metadata[NORM] = (self.bias, self.eps)
+        return y
+
+
+class LeanLayerNorm(nn.LayerNorm):
+    """LayerNorm whose output is made again in one pass: its node in the graph is told epsilon."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalised last dimensions."""
+        y = super().forward(input)
+        node: Any = y.grad_fn if active() else None
+        if node is not None and node.name() == "NativeLayerNormBackward0":
+            node.metadata[NORM] = (self.bias, self.eps)
         return y
 
 
@@ -144,12 +156,12 @@ class GatedGELU(nn.Module):
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: LeanConv2d, nn.GroupNorm: LeanGroupNorm, nn.SiLU: LeanSiLU,
+    nn.Conv2d: LeanConv2d, nn.GroupNorm: LeanGroupNorm, nn.LayerNorm: LeanLayerNorm, nn.SiLU: LeanSiLU,
 }  # fmt: skip
 
 
 def lean(model: nn.Module) -> nn.Module:
-    """Turn convolutions, group norms and SiLUs of exactly torch's classes into lean ones, in place.
+    """Turn convolutions, norms and SiLUs of exactly torch's classes into lean ones, in place.
 
     Adapters are grafted afterwards: a layer that has some is another class and stays as it is.
     """

@@ -148,15 +148,29 @@ def _join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
-def _gained(weight: Tensor, gains: Sequence[Tensor | None], rows: list[Rows]) -> Tensor:
-    # Scales the weight, not the incoming gradient: in training (out, in) is the smaller of the two.
-    if all(gain is None for gain in gains):
-        return weight
-    weight = weight.clone()
+def _gained(tensor: Tensor, gains: Sequence[Tensor | None], rows: list[Rows], dim: int) -> Tensor:
+    """The tensor with the outputs in a dimension times their gains."""
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    if gains[0] is not None and rows == [None]:
+        return tensor * gains[0].view(shape)
+    tensor = tensor.clone()
     for gain, r in zip(gains, rows):
         if gain is not None:
-            weight[_slice(r)].mul_(gain.view(-1, *[1] * (weight.dim() - 1)))
-    return weight
+            start, stop = r or (0, tensor.shape[dim])
+            tensor.narrow(dim, start, stop - start).mul_(gain.view(shape))
+    return tensor
+
+
+def _carry(
+    grad: Tensor, weight: Tensor, gains: Sequence[Tensor | None], rows: list[Rows], axis: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The incoming gradient (N, out, …) and the weight, the smaller of them with the gains; `axis` has its outputs."""
+    if all(gain is None for gain in gains):
+        return grad, weight
+    if grad.numel() < weight.numel():
+        return _gained(grad, gains, rows, 1), weight
+    return grad, _gained(weight, gains, rows, axis)
 
 
 def _merge(weight: Tensor, downs: Any, ups: Any, gains: Any, rows: list[Rows]) -> Tensor:
@@ -243,7 +257,8 @@ class LinearUpdate(_Update):
             if ctx.needs_input_grad[2] and merges:
                 grad_x = (g @ _merge(weight, downs, ups, gains, ctx.rows)).view(x.shape)
             elif ctx.needs_input_grad[2]:
-                grad_x = (g @ _gained(weight, gains, ctx.rows)).addmm_(grad_z, down).view(x.shape)
+                g, weight = _carry(g, weight, gains, ctx.rows)
+                grad_x = (g @ weight).addmm_(grad_z, down).view(x.shape)
             return None, None, grad_x, None, grad_bias, *grads
 
 
@@ -304,6 +319,6 @@ class ConvUpdate(_Update):
             if ctx.train_down:
                 grads[0::3] = grad_down.split(sizes, axis)
             if need_x:
-                gained = _gained(weight.transpose(0, axis), gains, ctx.rows).transpose(0, axis)
-                grad_x = grad_x.add_(conv.backward_input(grad, x.shape, gained))
+                grad, weight = _carry(grad, weight, gains, ctx.rows, axis)
+                grad_x = grad_x.add_(conv.backward_input(grad, x.shape, weight))
             return None, None, None, grad_x if need_x else None, None, grad_bias, *grads
