@@ -98,28 +98,28 @@ class LeanConv2d(nn.Conv2d):
         return y.squeeze(0) if conv.unbatched else y
 
 
+def _noted(y: Tensor, kind: str, layer: Any) -> Tensor:
+    """The output of a norm, whose node in the graph is told what it lacks to make the output again."""
+    node: Any = y.grad_fn if active() else None
+    if node is not None and node.name() == kind:
+        node.metadata[NORM] = (layer.bias, layer.eps)
+    return y
+
+
 class LeanGroupNorm(nn.GroupNorm):
-    """GroupNorm whose output can be made again: its node in the graph is told bias and epsilon."""
+    """GroupNorm whose output can be made again."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalised groups (N, C, *)."""
-        y = super().forward(input)
-        node: Any = y.grad_fn if active() else None
-        if node is not None and node.name() == "NativeGroupNormBackward0":
-            node.metadata[NORM] = (self.bias, self.eps)
-        return y
+        return _noted(super().forward(input), "NativeGroupNormBackward0", self)
 
 
 class LeanLayerNorm(nn.LayerNorm):
-    """LayerNorm whose output is made again in one pass: its node in the graph is told epsilon."""
+    """LayerNorm whose output can be made again in one pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalised last dimensions."""
-        y = super().forward(input)
-        node: Any = y.grad_fn if active() else None
-        if node is not None and node.name() == "NativeLayerNormBackward0":
-            node.metadata[NORM] = (self.bias, self.eps)
-        return y
+        return _noted(super().forward(input), "NativeLayerNormBackward0", self)
 
 
 class LeanSiLU(nn.SiLU):
