@@ -20,7 +20,7 @@ class LoRADropout(LowRank):
     Lin et al. 2024, arXiv 2404.09610; there is no official code. Differs from the paper: a step trains with one pair of
     masks, not with the mean loss of four (accumulate gradients over smaller batches for the same cost and variance),
     and what stays is divided by 1 − p as in any dropout, which the equations do not print (`rescale`). Its ensemble at
-    test time is `visadapt.callbacks.ensemble.Ensemble`.
+    test time is `visadapt.callbacks.ensemble.Ensemble` (``--trainer.callbacks+=Ensemble``).
 
     Args:
         rank: inner dimension.
