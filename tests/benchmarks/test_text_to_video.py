@@ -27,7 +27,9 @@ def test_a_command_line_stacks_the_row_on_the_task():
         "--run_dir=out",
         "--model.optimizer.init_args.lr=0.001",
         "--model.seed=1",
+        "--model.measures.base=false",
     ]
+    assert not any("measures" in part for part in text_to_video.command("orbit_one_clip", "dual", 0, Path("out")))
 
 
 def test_the_table_tells_leakage_of_one_clip_only():

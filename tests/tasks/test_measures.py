@@ -64,6 +64,18 @@ def test_a_run_reports_the_base_and_the_adapted_model_and_test_repeats_it(tmp_pa
         assert tested[f"{key(name)}_base"] == pytest.approx(figures[f"{name}, before"], abs=1e-5)
 
 
+def test_the_base_is_measured_unless_its_figures_are_known(tmp_path):
+    found = one(Measures(["a sks shape on bricks"], ["a red star on bricks"], 1, base=False))
+    train(tmp_path / "run", RunReport(str(tmp_path), "x"), task=found, data=scenes(), max_epochs=1)
+    figures = json.loads((tmp_path / "run.json").read_text())["figures"]
+    assert "similarity to the pictures (judge)" in figures
+    assert {name for name in figures if name.endswith(", before") or "drift" in name} == set()
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    (tested,) = trainer.test(found, scenes(), verbose=False)
+    assert "measures/similarity_to_the_pictures_judge" in tested
+    assert not any(name.endswith("_base") for name in tested)
+
+
 def test_captions_serve_as_prompts_and_seen_ones_are_told_from_new_ones():
     found, data = one(Measures(seeds=1, judge=["background"])), scenes()
     measuring = Measuring(found, data)

@@ -35,7 +35,8 @@ class Pictures(Kind):
     def look(self, trainer: Any, task: Any) -> dict[str, Any]:
         """The base's pictures and its validation loss."""
         found: dict[str, Any] = {"pictures": self._render(trainer, task)}
-        if task.measures is not None and not trainer.fast_dev_run:  # which writes no report
+        measured = task.measures is not None and task.measures.base
+        if measured and not trainer.fast_dev_run:  # which writes no report
             found["measures"], found["features"] = self._measure(trainer, task, base=True)
         loss = self._loss(trainer, task)
         return found | ({} if loss is None else {"loss": loss})

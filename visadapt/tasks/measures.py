@@ -43,6 +43,7 @@ class Measures:
         extractor: The network whose features are compared.
         clip: Folder of a CLIP model, for the CLIP score.
         fid: Also report FID, which needs thousands of pictures to mean something.
+        base: Measure the base too, before the first step; without it there is no drift from the base.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Measures:
     extractor: Extractor = field(default_factory=Extractor)
     clip: str | None = None
     fid: bool = False
+    base: bool = True
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -207,7 +209,7 @@ def report(task: Any) -> None:
         return
     measuring = task.measuring(task.trainer.datamodule)
     features = None
-    if task.what == "adapters" and not list(extended(task.model)):
+    if task.measures.base and task.what == "adapters" and not list(extended(task.model)):
         with strength(task.model, 0.0):
             figures, features = measuring(base=True)
         task.log_dict({f"{key(name)}_base": value for name, value in figures.items()})

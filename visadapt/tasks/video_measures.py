@@ -38,6 +38,7 @@ class ClipMeasures:
             embedded clips; "flow" for any others.
         judge: Ask the shipped judge what frames show; it knows the embedded scenes only.
         extractor: The network whose features are compared.
+        base: Measure the base too, before the first step.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -45,6 +46,7 @@ class ClipMeasures:
     track: Literal["centre", "flow"] = "centre"
     judge: bool = False
     extractor: Extractor = field(default_factory=Extractor)
+    base: bool = True
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
