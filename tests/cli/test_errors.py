@@ -79,6 +79,7 @@ CASES = {
     "type of a data option": (tiny(), ["--data.batch_size=x"], "data.batch_size", "expected int, got 'x'", ""),
     "choice": (changed(f"{ARGS}/head", "tran"), [], "model.head", "expected one of auto, train, freeze",
                "train?"),
+    "group that is null": (tiny(), ["--model.schedule=null"], "model.schedule", "cannot do without it", "warmup"),
     "domain": (changed("data/init_args/domain", "invertd"), [], "data.domain", "'invertd' is not one of", ""),
     "targets": (changed(f"{ADAPTER}/targets", ["attn.qvk"]), [], "model.adapters.targets",
                 "'attn.qvk' matches no layer", ""),

@@ -7,10 +7,11 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, get_type_hints
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -87,6 +88,29 @@ def options_of(class_path: str) -> list[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return [n for n in names if n != "self"]
+
+
+def refuse_null_groups(config: Any, where: str) -> None:
+    """A class never runs without a group of options that it needs; jsonargparse would call it all the same.
+
+    Args:
+        config: ``class_path`` and ``init_args``, or None.
+        where: Key of ``config``.
+
+    Raises:
+        UserError: One of the groups is null.
+    """
+    options = config.get("init_args") if config else None
+    if options is None or None not in vars(options).values():
+        return
+    module, _, name = config["class_path"].rpartition(".")
+    types: dict[str, Any] = {}
+    for cls in reversed(getattr(import_module(module), name).__mro__[:-1]):
+        types |= get_type_hints(cls.__init__)
+    for key, value in vars(options).items():
+        if value is None and isinstance(types.get(key), type) and is_dataclass(types[key]):
+            known = ", ".join(field.name for field in fields(types[key]))
+            raise UserError(f"{where}.{key}", f"{name} cannot do without it", f"leave it out, or give some of: {known}")
 
 
 def leaves(message: str) -> Iterator[tuple[list[str], str, str]]:

@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import StrategyRegistry
 
 from visadapt.cli import predict, prompts, rundir, sheets, yaml_files
-from visadapt.cli.errors import Friendly, UserError, close, nearby, purposeful, subclasses, told
+from visadapt.cli.errors import Friendly, UserError, close, nearby, purposeful, refuse_null_groups, subclasses, told
 from visadapt.cli.main import option
 
 PLUGINS = ("methods", "backbones", "data", "tasks", "callbacks")
@@ -174,6 +174,8 @@ class CLI(LightningCLI):
         """Choose the run directory; point `predict` at the images of the command line."""
         command = str(self.subcommand)
         config = self.config[command]
+        for part in ("model", "data"):
+            refuse_null_groups(config.get(part), part)
         files = option(sys.argv[1:], "-c", "--config")
         made_by_run = next(iter(self._adapters(config)), None) or config.get("ckpt_path")
         chosen = config.get("run_dir") or config.get("output")
