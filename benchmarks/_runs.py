@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TypeVar
+from threading import Event
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -43,9 +44,20 @@ def metric(folder: Path, name: str) -> float:
 
 
 def each(make_one: Callable[..., T], jobs: int, arguments: Sequence[tuple]) -> list[T]:
-    """Results of all calls in their order, so many at a time."""
+    """Results of all calls in their order, so many at a time; after one that fails no other is begun."""
+    failed = Event()
+
+    def attempt(*one: Any) -> T:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return make_one(*one)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(make_one, *one) for one in arguments]
+        running = [pool.submit(attempt, *one) for one in arguments]
         return [one.result() for one in running]
 
 
@@ -53,7 +65,16 @@ def search(
     task: str, rows: dict[str, str], rates: Sequence[float], jobs: int, tried: Callable[[str, float], str]
 ) -> str:
     """Markdown: what ``tried`` says of each row (name → title) at each learning rate."""
-    values = each(tried, jobs, [(row, rate) for row in rows for rate in rates])
+
+    def attempt(row: str, rate: float) -> str:
+        try:
+            return tried(row, rate)
+        except SystemExit as error:
+            if "the loss is" not in str(error):
+                raise
+            return "diverged"
+
+    values = each(attempt, jobs, [(row, rate) for row in rows for rate in rates])
     lines = [f"| {task} | {' | '.join(f'{rate:g}' for rate in rates)} |", "|---" * (len(rates) + 1) + "|"]
     for number, title in enumerate(rows.values()):
         lines.append(f"| {title} | {' | '.join(values[number * len(rates) : (number + 1) * len(rates)])} |")

@@ -95,3 +95,23 @@ def test_pictures_lie_side_by_side():
     middles = [page.getpixel((170 + column * cell + side // 2, 58 + row * cell + side // 2)) for row in (0, 1)
                for column in (0, 1)]  # fmt: skip
     assert middles == [(0, 0, 0), (255, 0, 0)] * 2
+
+
+def test_after_a_failure_no_other_run_begins_and_a_rate_may_diverge():
+    begun = []
+
+    def run(number):
+        begun.append(number)
+        if number == 1:
+            raise SystemExit("no such thing")
+
+    with pytest.raises(SystemExit, match="no such thing"):
+        _runs.each(run, 1, [(number,) for number in range(4)])
+    assert begun == [0, 1]
+
+    def tried(row, rate):
+        if rate > 1:
+            raise SystemExit("visadapt fit: error\n  the loss is nan at step 3")
+        return "0.5"
+
+    assert _runs.search("task", {"a": "A"}, [1.0, 2.0], 1, tried).endswith("| A | 0.5 | diverged |")

@@ -74,6 +74,22 @@ def test_the_orthogonal_part_leaves_earlier_class_tokens_alone():
     assert not torch.allclose(model(second), dense(model[0], second, adapter, 0))
 
 
+def test_a_task_with_nothing_new_has_no_directions_of_its_own():
+    model, adapter, _ = place("linear", va.DualLoRA(rank=2, bases=2, tasks=4), moved=False)
+    same = tokens(torch.eye(7, 1, dtype=torch.float64), 0)  # one direction, as behind a class token in the first block
+    for task in range(4):
+        tell_inputs(model, "begin_task", lambda: model(same))
+        assert adapter.basis[:, 2 * task : 2 * task + 2].count_nonzero() == (1 if task == 0 else 0)
+        learn(adapter)
+        if task < 3:
+            next_task(model)
+    close(adapter.memory, torch.eye(7, 1, dtype=torch.float64) @ torch.eye(1, 7, dtype=torch.float64))
+    size = adapter.down.norm()
+    for _ in range(50):
+        after_step(model)
+    assert adapter.down.norm() <= size
+
+
 def test_only_the_first_token_of_a_sample_counts():
     model, adapter, _ = place("linear", va.DualLoRA(rank=2, bases=1, tasks=2), moved=False)
     x = torch.zeros(10, 4, 7, dtype=torch.float64)

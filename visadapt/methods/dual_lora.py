@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from visadapt.core.adapter import FeatureMap, kaiming, zeros
 from visadapt.core.site import Site
+from visadapt.maths.directions import missing
 
 
 class DualLoRA(FeatureMap):
@@ -87,14 +88,10 @@ class DualLoRA(FeatureMap):
     def begin_task(self, gram: Tensor) -> None:
         """Ψ of the task: what its class tokens have beside M, as much as the share asks for."""
         count, place = self.up_residual.shape[1], self.done * self.up_residual.shape[1]
-        off = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - self.memory.to(gram)
-        values, vectors = torch.linalg.eigh(off @ gram @ off)
-        values, energy = values.flip(0).clamp_min(0), gram.trace()
         share = self.first + (self.last - self.first) * self.done / max(1, self.tasks - 1)
-        held = (energy - values.sum() + values.cumsum(0)) / energy
-        wanted = min(count, int((held < share - 1e-9).sum()) + 1)
+        found = missing(gram, self.memory, share)[:, :count]
         self.basis[:, place : place + count] = 0
-        self.basis[:, place : place + wanted] = vectors.flip(1)[:, :wanted].to(self.basis)
+        self.basis[:, place : place + found.shape[1]] = found.to(self.basis)
         self.after_step()
 
     @torch.no_grad()

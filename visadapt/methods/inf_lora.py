@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from visadapt.core.site import Site
 from visadapt.core.stack import TaskStack
+from visadapt.maths.directions import beside, missing
 
 
 class InfLoRA(TaskStack):
@@ -48,23 +49,13 @@ class InfLoRA(TaskStack):
         self.memory: Tensor
         self.register_buffer("memory", frozen.new_zeros(frozen.shape[1], frozen.shape[1]))
 
-    def _free(self, gram: Tensor) -> Tensor:
-        """P H Hᵀ P."""
-        off = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - self.memory.to(gram)
-        return off @ gram @ off
-
     def begin_task(self, gram: Tensor) -> None:
         """The directions of the task."""
-        _, vectors = torch.linalg.eigh(self._free(gram))
+        _, vectors = torch.linalg.eigh(beside(gram, self.memory))
         self.down.copy_(vectors.flip(1)[:, : self.rank].t() / 3**0.5)
 
     def end_task(self, gram: Tensor) -> None:
         """Keep what the task uses free of later ones."""
         share = self.first + (self.last - self.first) * self.done / max(1, self.tasks - 1)
-        energy = gram.trace()
-        values, vectors = torch.linalg.eigh(self._free(gram))
-        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-        held = (energy - values.sum() + values.cumsum(0)) / energy
-        count = int((held < share - 1e-9).sum()) + 1 if (energy - values.sum()) / energy < share - 1e-9 else 0
-        kept = vectors[:, :count]
+        kept = missing(gram, self.memory, share)
         self.memory += (kept @ kept.t()).to(self.memory)
