@@ -110,14 +110,14 @@ def form(
 
     def by_sliders(uploads: list[str] | None, rows: Sequence[Acting], *given: Any) -> Any:
         own, values = given[: len(fields)], given[len(fields) :]
-        asked = wish(*own, dict(zip((one.name for one in (*studio.sets, *rows)), values, strict=True)))
+        asked = wish(*own, strengths=dict(zip((one.name for one in (*studio.sets, *rows)), values, strict=True)))
         studio.admit(uploads or ())  # they may have left the model since
         return answer(asked)
 
     def by_names(uploads: list[str] | None, strengths: Any, *own: Any) -> Any:
         """Render, with strengths by the names of the sets: {"subject": 1, "style": 0.5}."""
         found = [*studio.sets, *studio.admit(uploads or ())]
-        return answer(wish(*own, strengths_of(strengths, found)))
+        return answer(wish(*own, strengths=strengths_of(strengths, found)))
 
     def of(uploads: list[str] | None, *rest: Any) -> list[str]:
         return list(uploads or ())

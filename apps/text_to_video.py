@@ -105,7 +105,7 @@ def build(adapters: Sequence[str | Path] = (), base: str | None = None) -> Any:
     gr = _server.gradio()
     recipe, files, resting = chosen(_runs.given(adapters), base)
     studio = Studio(recipe, files, resting, apart=True)
-    preview = next(filter(None, (_runs.options(path).get("preview") for path in files)), {})
+    preview: dict[str, Any] = next(filter(None, (_runs.options(path).get("preview") for path in files)), {})
     frames = min(studio.model.spec.most_frames(studio.model.network) or MOST, MOST)
     usual = min(preview.get("frames") or studio.model.frames, frames)
     with gr.Blocks(title="visadapt text_to_video", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
