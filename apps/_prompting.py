@@ -57,7 +57,7 @@ class Wish:
 
 def wish(
     prompt: str | None, negative: str | None, seed: float, steps: float, guidance: float, number: float,
-    strengths: dict[str, float],
+    *, strengths: dict[str, float],
 ) -> Wish:  # fmt: skip
     """What the fields of a page say.
 

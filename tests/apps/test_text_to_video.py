@@ -40,7 +40,7 @@ def read(path):
 
 
 def wish(strengths, number=FRAMES):
-    return _prompting.wish("a cat", "", 1, 1, 2.0, number, strengths)
+    return _prompting.wish("a cat", "", 1, 1, 2.0, number, strengths=strengths)
 
 
 def test_a_motion_acts_and_its_appearance_rests_at_first(studio):
