@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from resumable import Plan, once, train
+from resumable import Plan, once, quick, train
 from safetensors.torch import save
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def train_judge(folder: Path, reconstruct: Callable[[Tensor], Tensor], scale: fl
         batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
         side = int(torch.randint(18, SIDE, ())) if torch.rand(()) < 0.5 and not through else SIDE
         batch = spoiled(batch, side, float(torch.rand(()) * 0.1)) * (1 + 0.05 * torch.randn(BATCH, 3, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             found = network(batch)
         known = [F.cross_entropy(found[name].float(), labels[name][chosen], ignore_index=-1) for name in NAMED]
         seen = [F.binary_cross_entropy_with_logits(found[n].float(), labels[n][chosen].float()) for n in PRESENT]

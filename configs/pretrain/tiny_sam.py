@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from resumable import quick
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -134,7 +135,7 @@ def step_loss(sam: Any, helper: nn.Module, scenes: list[Scene], rng: np.random.G
     masks, index = targets(scenes, rng, OBJECTS, 400 if step < EASY else 24)
     truth = F.avg_pool2d(masks[:, None].float(), 2)
     given = first_prompt(masks, rng)
-    with torch.autocast("cpu", torch.bfloat16):
+    with quick():
         embeddings = sam.image_encoder(inputs([s[0] for s in scenes]))
         logits, quality = decode(sam, embeddings, *prompt(sam, **given), index)
         maps = helper(embeddings).float()
@@ -150,7 +151,7 @@ def step_loss(sam: Any, helper: nn.Module, scenes: list[Scene], rng: np.random.G
         points, labels = corrections(wrong, masks, at_random=True)
         given["points"] = torch.cat([given["points"], points], 1) if "points" in given else points
         given["labels"] = torch.cat([given["labels"], labels], 1) if "labels" in given else labels
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             given["masks"] = before.clamp(-20, 20)
             again, sure = decode(sam, embeddings, *prompt(sam, **given), index[part])
         loss = loss + mask_loss(again[:, :1], truth).mean() + F.mse_loss(sure[:, :1], iou(again[:, :1].detach(), masks))

@@ -26,7 +26,7 @@ import numpy as np
 import tiny_sd_networks as networks
 import torch
 from PIL import Image, ImageDraw
-from resumable import Plan, once, train
+from resumable import Plan, once, quick, train
 from safetensors.torch import load_file, save
 from tiny_judge import as_bytes, as_input, publish_judge, train_judge
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def train_vae(folder: Path, scale: float) -> Any:
         extra = torch.rot90(others[second], int(torch.randint(4, ())), (2, 3))
         batch = as_input(torch.cat([images[first], extra])).contiguous(memory_format=torch.channels_last)
         batch = batch.flip(-1) if torch.rand(()) < 0.5 else batch
-        with torch.autocast("cpu", torch.bfloat16):
+        with quick():
             posterior = network.encode(batch).latent_dist
             found = network.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -141,7 +141,7 @@ def train_unet(folder: Path, plan: Plan, scale: float, vae: Any, judge: Judge) -
         ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
         noisy, wanted = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
         # PyTorch's flash kernel takes a third of the step here, most of it backward: sequences are short.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with quick(), sdpa_kernel(SDPBackend.MATH):
             found = both["unet"](noisy, times, both["text"](ids)[0]).sample
         return (weights[times] * (found.float() - wanted).square().mean((1, 2, 3))).mean()
 

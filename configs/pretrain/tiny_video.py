@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from resumable import Plan, train
+from resumable import Plan, quick, train
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -78,10 +78,10 @@ def pipeline(base: Path, adapter: Any, text_encoder: Path | None = None) -> Any:
     from transformers import CLIPTextModel
 
     images = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)  # in single precision
-    other = None if text_encoder is None else CLIPTextModel.from_pretrained(text_encoder).float()
+    other = None if text_encoder is None else CLIPTextModel.from_pretrained(text_encoder)
     pipe: Any = AnimateDiffPipeline(
         vae=images.vae,
-        text_encoder=other or images.text_encoder,
+        text_encoder=(other or images.text_encoder).float(),  # transformers keeps the file's half precision
         tokenizer=images.tokenizer,
         unet=UNetMotionModel.from_unet2d(images.unet, adapter),
         motion_adapter=None,  # type: ignore[arg-type]  # the UNet has it
@@ -135,7 +135,7 @@ def drawn(folder: Path, pipe: Any, count: int) -> tuple[Tensor, Tensor]:
             spec = next(i for i, s in enumerate(specs(False)) if _same(s, label))
             labels.append((spec, label["motion"]))
             pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), quick():
                 latents.append(pipe.vae.encode(pixels).latent_dist.mode().float() * pipe.vae.config.scaling_factor)
         torch.save((torch.stack(latents), torch.tensor(labels)), file.with_suffix(".tmp"))
         os.replace(file.with_suffix(".tmp"), file)
@@ -163,7 +163,7 @@ def train_motion(folder: Path, plan: Plan, pipe: Any, clips: int, count: int) ->
         times = (len(scheduler.alphas_cumprod) * torch.rand(BATCH // 2) ** (1 / 3)).long().repeat(2)
         noise = torch.randn(latents[chosen].shape).repeat(2, 1, 1, 1, 1)
         noisy, wanted = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with quick(), sdpa_kernel(SDPBackend.MATH):
             found = predicted(pipe, noisy, times, said)
         error = found.float() - wanted
         forth, back = error.chunk(2)
