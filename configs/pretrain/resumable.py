@@ -40,7 +40,7 @@ class Plan:
 
 
 def quick() -> torch.autocast:
-    """Autocast to bfloat16 where the processor has it; with AVX2 alone it is emulated and ten times slower than fp32."""
+    """Autocast to bfloat16 where the processor has it; AVX2 alone emulates it, ten times slower than float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() != "AVX2")
 
 
