@@ -7,10 +7,15 @@ the motion modules start from zero (their last projection) and learn from clips 
 left, up or down. Of the text encoder only the embeddings of those pieces of the motion words train that no caption of
 the images has, so without motion words it is the same, bit for bit.
 
-Clips are kept as latents. Each comes twice in a batch, forwards and backwards under the caption of the opposite
-direction, with the same noise, and the difference of the two errors counts more: in it everything but the direction
-cancels. Times lean to noisy ones, where it is decided what goes where; "direction" in the log is how much of that
-difference is explained at the noisiest (0: captions change nothing). Training goes on from its last 250 steps.
+Nothing in the data says at once how a word, the number of a frame and a place in it belong together: two of the three
+tell nothing about the pixel. So there are lessons: first shapes only move right, then right and down, then
+everywhere, all on pure noise, from which sampling starts. (In clips that are noisy but not lost the paths can still
+be seen; whoever learns from them alone ignores the words: 1,500 steps, no direction followed.) For the same reason
+temporal attention starts by looking at its own frame (uniform attention does not know which one that is), the words
+learn forty times as fast, and errors in what changes over time count more. "motion" in the log is how much of that
+change is explained on pure noise, thus from the words alone. Clips are kept as latents, and each also serves
+backwards. Training goes on from its last 250 steps.
+
 ``--publish`` writes visadapt/backbones/tiny/tiny_video/ in diffusers' layout of motion adapters, with a text encoder,
 tiny_video.json with the figures of the shipped files, and docs/images/tiny_video.png.
 """
@@ -47,16 +52,18 @@ from visadapt.metrics.motion import centres, directed
 SEED, SIDE, FRAMES = 7, 32, 8
 CLIPS, BATCH = 2_400, 12
 VIDEO = Plan("video", 2_500, 1e-3)
-PUSH = 5.0  # of the words' learning rate over that of the modules
-CONTRAST = 8.0  # weight of what forwards and backwards differ in
+PUSH = 40.0  # of the words' learning rate over that of the modules
+MOVING = 4.0  # weight of errors in what changes over time
+LESSONS = {120: ("right",), 360: ("right", "down")}  # what moves where up to a step; everywhere afterwards
+BLIND = 600  # steps on pure noise alone, and half of each batch afterwards
 NULL_SHARE, GUIDANCE, SAMPLING_STEPS = 0.1, 3.0, 20
 NAMES = tuple(DIRECTIONS)
-OPPOSITE = (1, 0, 3, 2)  # of right, left, up, down
+OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 PACKAGE = {"tiny_video": SHIPPED.parent, "picture": Path("docs/images")}
 
 
 def motion_adapter() -> Any:
-    """Motion modules behind every block of the tiny UNet, which change nothing yet."""
+    """Motion modules behind every block of the tiny UNet, which change nothing yet and look at their own frame."""
     from diffusers import MotionAdapter
 
     adapter = MotionAdapter(
@@ -69,6 +76,8 @@ def motion_adapter() -> Any:
     for name, parameter in adapter.named_parameters():
         if ".proj_out." in name:
             nn.init.zeros_(parameter)
+        if ".attn" in name and name.endswith("weight"):
+            nn.init.eye_(parameter)
     return adapter
 
 
@@ -146,29 +155,45 @@ def _same(spec: Spec, label: dict[str, Any]) -> bool:
     return all(label[name] == number for name, number in spec.labels.items())
 
 
+def by_motion(latents: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Latents of the clips that move each way, forwards or played backwards, and their combinations."""
+    found = {}
+    for name in NAMES:
+        same, other = (labels[:, 1] == NAMES.index(n) for n in (name, OPPOSITE[name]))
+        found[name] = torch.cat([latents[same], latents[other].flip(1)]), torch.cat([labels[same, 0], labels[other, 0]])
+    return found
+
+
+def lesson(step: int) -> tuple[str, ...]:
+    """Where shapes move in a step."""
+    return next((names for last, names in LESSONS.items() if step < last), NAMES)
+
+
 def train_motion(folder: Path, plan: Plan, pipe: Any, clips: int, count: int) -> nn.ModuleDict:
     """Train the motion modules; every 1,000 steps clips by the averaged ones are judged and drawn."""
-    latents, labels = drawn(folder, pipe, clips)
+    pool = by_motion(*drawn(folder, pipe, clips))
     modules, explained = trained_parts(pipe), Running()
     scheduler = pipe.scheduler
+    last = len(scheduler.alphas_cumprod) - 1
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng((SEED, step, 1))
-        chosen = torch.randint(len(latents), (BATCH // 2,))
-        clean = torch.cat([latents[chosen], latents[chosen].flip(1)])
-        asked = labels[chosen].tolist()
-        said = [words(specs(False)[spec], NAMES[motion], rng) for spec, motion in asked]
-        said += [words(specs(False)[spec], NAMES[OPPOSITE[motion]], rng) for spec, motion in asked]
+        names = lesson(step)
+        moves = [names[place % len(names)] for place in range(BATCH)]
+        chosen = [int(rng.integers(len(pool[name][0]))) for name in moves]
+        clean = torch.stack([pool[name][0][i] for name, i in zip(moves, chosen)])
+        said = [words(specs(False)[int(pool[name][1][i])], name, rng) for name, i in zip(moves, chosen)]
         said = [line if rng.random() > NULL_SHARE else NULL for line in said]
-        times = (len(scheduler.alphas_cumprod) * torch.rand(BATCH // 2) ** (1 / 3)).long().repeat(2)
-        noise = torch.randn(latents[chosen].shape).repeat(2, 1, 1, 1, 1)
-        noisy, wanted = scheduler.add_noise(clean, noise, times), scheduler.get_velocity(clean, noise, times)
+        blind = torch.arange(BATCH) < (BATCH if step < BLIND else BATCH // 2)
+        times = torch.where(blind, last, (last * torch.rand(BATCH) ** (1 / 3)).long())
+        noise = torch.randn_like(clean)
+        noisy = torch.where(_wide(blind), noise, scheduler.add_noise(clean, noise, times))
         with quick(), sdpa_kernel(SDPBackend.MATH):
             found = predicted(pipe, noisy, times, said)
-        error = found.float() - wanted
-        forth, back = error.chunk(2)
-        explained.add(step, forth - back, wanted.chunk(2)[0] - wanted.chunk(2)[1], times[: BATCH // 2])
-        return error.square().mean() + CONTRAST * ((forth - back) / 2).square().mean()
+        error = found.float() - scheduler.get_velocity(clean, noise, times)
+        moving = error - error.mean(1, keepdim=True)
+        explained.add(step, moving[blind], (clean - clean.mean(1, keepdim=True))[blind])
+        return error.square().mean() + MOVING * moving.square().mean()
 
     def watch(step: int, averaged: Any) -> None:
         with holding(modules, averaged):
@@ -188,19 +213,22 @@ def predicted(pipe: Any, noisy: Tensor, times: Tensor, said: list[str]) -> Tenso
     return pipe.unet(noisy.transpose(1, 2), times, text).sample.transpose(1, 2)
 
 
+def _wide(mask: Tensor) -> Tensor:
+    return mask[:, None, None, None, None]
+
+
 class Running:
-    """Prints, every 50 steps, how much of the difference between forwards and backwards is explained at times ≥ 800."""
+    """Prints, every 50 steps, how much of what changes over time is explained on pure noise."""
 
     def __init__(self) -> None:
         self.left = self.all = 0.0
 
-    def add(self, step: int, error: Tensor, wanted: Tensor, times: Tensor) -> None:
-        """Take account of a step's differences (B/2, …) of errors and of targets."""
-        noisy = times >= 800
-        self.left = 0.98 * self.left + 0.02 * float(error[noisy].detach().square().sum())
-        self.all = 0.98 * self.all + 0.02 * float(wanted[noisy].square().sum())
+    def add(self, step: int, error: Tensor, wanted: Tensor) -> None:
+        """Take account of a step's errors and targets without their means over time."""
+        self.left = 0.95 * self.left + float(error.detach().square().sum())
+        self.all = 0.95 * self.all + float(wanted.square().sum())
         if step % 50 == 49:
-            print(f"video: step {step}, direction {1 - self.left / max(self.all, 1e-9):.3f}", flush=True)
+            print(f"video: step {step}, motion {1 - self.left / self.all:.3f}", flush=True)
 
 
 @contextmanager
