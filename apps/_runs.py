@@ -13,9 +13,7 @@ from visadapt.cli.main import find_config
 from visadapt.cli.rundir import adapter_file, set_names
 from visadapt.report.facts import ADAPTER
 
-SHIPPED = Path(files.__file__).parents[1] / "backbones" / "tiny"
-# Bases that come with visadapt; those of the diffusion models are there once they are shipped.
-BASES = [name for name in ("tiny_digits", "tiny_sam", "tiny_sd", "tiny_video") if [*SHIPPED.glob(f"{name}*")]]
+BASES = ("tiny_digits", "tiny_sam", "tiny_sd", "tiny_video")  # that come with visadapt
 
 
 def task_name(adapter: Path) -> str:
@@ -190,22 +188,12 @@ def diffusion(adapters: Sequence[Path], base: str | None) -> Any:
 
 
 def video(adapters: Sequence[Path], base: str | None) -> Any:
-    """Recipe of the video network: the given one, else that of the first adapter of a motion, else the shipped one.
-
-    Raises:
-        UserError: nothing says which, and none is shipped.
-    """
-    from visadapt.backbones.video_diffusion import TINY_VIDEO, VideoDiffusion
+    """Recipe of the video network: the given one, else that of the first adapter of a motion, else the shipped one."""
+    from visadapt.backbones.video_diffusion import VideoDiffusion
 
     if base is not None:
         return VideoDiffusion(base)
     motion = next((path for path in adapters if task_name(path) == "TextToVideo"), None)
     if motion is not None:
         return files.base_recipe(motion, None, None, None)
-    if TINY_VIDEO in BASES:
-        return VideoDiffusion()
-    raise UserError(
-        "--base",
-        f"the small video base ('{TINY_VIDEO}') is not in this installation, and no adapter of a motion names another",
-        "give --base FOLDER of a video pipeline, or --adapter RUN of text-to-video",
-    )
+    return VideoDiffusion()

@@ -13,7 +13,6 @@ from tests.apps.conftest import noisy, write_run
 from tests.tiny_video import FRAMES, video_base
 from visadapt.backbones.stable_diffusion import StableDiffusion
 from visadapt.backbones.video_diffusion import VideoDiffusion
-from visadapt.cli.errors import UserError
 from visadapt.report.animation import save_gif
 
 
@@ -90,14 +89,9 @@ def test_without_strength_the_base_stands_alone(studio, tmp_path):
     assert read(shown)[0].shape[2] == text_to_video.SIDE + 24
 
 
-def test_the_base_is_given_or_that_of_a_motion_or_one_line_says_what_to_do(motion_run, style, monkeypatch):
+def test_the_base_is_given_or_that_of_a_motion_or_the_shipped_one(motion_run, style):
     assert isinstance(_runs.video([style, motion_run], None), VideoDiffusion)
     assert text_to_video.chosen([motion_run], "other")[0].name == "other"
-    monkeypatch.setattr(_runs, "BASES", ["tiny_sd"])
-    with pytest.raises(UserError, match="give --base FOLDER") as caught:
-        text_to_video.chosen([style], None)
-    assert "\n" not in " ".join(caught.value.args)
-    monkeypatch.setattr(_runs, "BASES", ["tiny_sd", "tiny_video"])
     assert _runs.video([style], None).name == "tiny_video"
 
 

@@ -17,6 +17,7 @@ REACHED = {
     "classify": "accuracy[1.0] > accuracy[0.0] + 0.3 and deviation < 1e-4",
     "segment": "iou > 0.25 and not torch.equal(masks(0.0), found) and labels.shape == (300, 300)",
     "text_to_image": "moved > 0.01 and (RUN / 'lora' / 'pytorch_lora_weights.safetensors').is_file()",
+    "text_to_video": "moved > 0.01 and (RUN / 'motion' / 'pytorch_lora_weights.safetensors').is_file()",
     "class_incremental": "accuracy > 0.2 and deviation < 1e-3",
 }
 
