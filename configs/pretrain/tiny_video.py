@@ -51,7 +51,7 @@ from visadapt.metrics.motion import centres, directed
 
 SEED, SIDE, FRAMES = 7, 32, 8
 CLIPS, BATCH = 2_400, 12
-VIDEO = Plan("video", 2_500, 1e-3)
+VIDEO = Plan("video", 1_600, 1e-3)
 PUSH = 40.0  # of the words' learning rate over that of the modules
 MOVING = 4.0  # weight of errors in what changes over time
 LESSONS = {120: ("right",), 360: ("right", "down")}  # what moves where up to a step; everywhere afterwards
@@ -187,7 +187,7 @@ def train_motion(folder: Path, plan: Plan, pipe: Any, clips: int, count: int) ->
         blind = torch.arange(BATCH) < (BATCH if step < BLIND else BATCH // 2)
         times = torch.where(blind, last, (last * torch.rand(BATCH) ** (1 / 3)).long())
         noise = torch.randn_like(clean)
-        noisy = torch.where(_wide(blind), noise, scheduler.add_noise(clean, noise, times))
+        noisy = torch.where(blind[:, None, None, None, None], noise, scheduler.add_noise(clean, noise, times))
         with quick(), sdpa_kernel(SDPBackend.MATH):
             found = predicted(pipe, noisy, times, said)
         error = found.float() - scheduler.get_velocity(clean, noise, times)
@@ -211,10 +211,6 @@ def predicted(pipe: Any, noisy: Tensor, times: Tensor, said: list[str]) -> Tenso
     ids = pipe.tokenizer(said, padding="max_length", truncation=True, return_tensors="pt").input_ids
     text = pipe.text_encoder(ids)[0].repeat_interleave(noisy.shape[1], 0)
     return pipe.unet(noisy.transpose(1, 2), times, text).sample.transpose(1, 2)
-
-
-def _wide(mask: Tensor) -> Tensor:
-    return mask[:, None, None, None, None]
 
 
 class Running:
@@ -353,7 +349,7 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="write what was trained into the package")
     parser.add_argument("--steps", type=int, default=VIDEO.steps, help="steps in all; more go on from fewer")
     parser.add_argument("--clips", type=int, default=CLIPS, help="clips that are drawn and kept")
-    parser.add_argument("--count", type=int, default=96, help="captions that the published figures are measured with")
+    parser.add_argument("--count", type=int, default=64, help="captions that the published figures are measured with")
     parser.add_argument("--into", type=Path, help="folder to publish in, instead of the package")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """The tiny Stable Diffusion: its recipe resumes exactly and keeps things apart; the shipped one follows prompts."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -10,20 +9,11 @@ import torch
 from torch import nn
 
 import visadapt.backbones
+from tests.backbones.recipes import recipe
 from visadapt.data import scenes
 
-RECIPES = Path(__file__).parents[2] / "configs" / "pretrain"
 SHIPPED = Path(visadapt.backbones.__file__).parent / "tiny" / "tiny_sd"
 shipped = pytest.mark.skipif(not SHIPPED.is_dir(), reason="the tiny Stable Diffusion has not been trained yet")
-
-
-@pytest.fixture(autouse=True)
-def _recipes(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-
-
-def recipe(name):
-    return importlib.import_module(name)
 
 
 def test_every_word_is_one_token_and_old_files_give_the_same(tmp_path):
