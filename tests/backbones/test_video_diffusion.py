@@ -271,14 +271,16 @@ def test_a_pipeline_folder_with_motion_modules_inside(tmp_path):
     pipeline(model).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "AnimateDiffPipeline"
     again = VideoDiffusion(str(tmp_path)).build()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(model.parameters(), again.parameters(), strict=True))
     x, times = noisy(model, clips=1)
     wanted = model(x, times, null_text(model))
-    assert torch.equal(again(x, times, null_text(again)), wanted)
+    # Weights that were read from a file lie otherwise aligned in memory, so that sums may be rounded otherwise.
+    torch.testing.assert_close(again(x, times, null_text(again)), wanted, rtol=1e-4, atol=1e-5)
     for _, parameter in model.temporal_parameters():
         nn.init.constant_(parameter, 0.1)
     pipeline(model).save_pretrained(tmp_path)
     other = VideoDiffusion(str(tmp_path), motion_adapter=f"{video_base()}/motion_adapter").build()
-    assert torch.equal(other(x, times, null_text(other)), wanted)
+    torch.testing.assert_close(other(x, times, null_text(other)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_video_base_is_refused(tmp_path):
