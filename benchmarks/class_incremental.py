@@ -5,9 +5,10 @@
 
 Every row is a run of ``visadapt fit`` with a configuration of its own on top of the sequence's, so that anyone can
 repeat a single one. The seed draws the order of the classes, the order of the images and the start; the rows that the
-comparison turns on have twice as many. Intervals are of 95 % (Student's t over the seeds; differences are paired, seed
-by seed). Rates are compared on validation images, with an order of classes that the table does not have. The pictures show the accuracy on the way, what the update of each task is worth at the end, and the loss
-on the straight way from the weights after the first task to those after the last.
+comparison turns on have twice as many. Intervals are of 95 % (Student's t over the seeds; differences are paired,
+seed by seed). Rates are compared on validation images, with an order of classes that the table does not have. The
+pictures show the accuracy on the way, what the update of each task is worth at the end, and the loss on the straight
+way from the weights after the first task to those after the last.
 """
 
 from __future__ import annotations
