@@ -47,7 +47,8 @@ ROWS = {
     "sd_lora_released": "SD-LoRA, directions as released",
 }
 FIGURES = {"last accuracy": 100.0, "average accuracy": 100.0, "forgetting": 100.0}
-PATHS = ("sequential", "sd_lora")  # what the way between the weights is drawn of
+PATHS = ("sequential", "sequential_same_rate", "sd_lora")  # what the way between the weights is drawn of
+WAYS = ("known_task", "replay", "ranpac", *PATHS)  # whose accuracies on the way are drawn
 MAIN = "sd_lora"  # what every row is compared with
 TURN = (MAIN, "sequential", "sequential_same_rate")  # what the comparison turns on: twice as many seeds
 SEARCH_SEED = 99
@@ -80,15 +81,19 @@ def search(sequence: str, rows: list[str], rates: list[float], out: Path, jobs: 
     return _runs.search(sequence, {row: ROWS[row] for row in rows}, rates, jobs, tried)
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and half the width of its 95 % interval by Student's t."""
+def bounds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t; not a number for a single value."""
     from scipy import stats
 
     found = torch.tensor(values, dtype=torch.float64)
-    if len(found) < 2:
-        return f"{found.mean():.1f}"
-    half = stats.t.ppf(0.975, len(found) - 1) * found.std() / len(found) ** 0.5
-    return f"{found.mean():.1f} ± {half:.1f}"
+    half = stats.t.ppf(0.975, len(found) - 1) * found.std(correction=min(1, len(found) - 1)) / len(found) ** 0.5
+    return found.mean().item(), float(half)
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean ± half of its 95 % interval."""
+    mean, half = bounds(values)
+    return f"{mean:.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def table(sequence: str, found: dict[str, list[dict[str, Any]]]) -> str:
@@ -115,26 +120,32 @@ def _sizes(folder: Path) -> list[float]:
 
 
 def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Accuracy over the sequence, a line per row, and the sizes of the updates of stacks of tasks."""
+    """Last accuracy of all rows; of some the way there; and what each task's update is worth in SD-LoRA and variants."""
     from visadapt.report import plots
 
-    fig = plots.figure(11, 4.2)
-    left, right = fig.subplots(1, 2)
-    for row, runs in found.items():
-        after = [[v for n, v in facts["figures"].items() if n.startswith("accuracy after task")] for facts in runs]
-        if len(after[0]) > 1:
-            mean = torch.tensor(after).mean(0)
-            left.plot(range(1, len(mean) + 1), mean, marker="o", markersize=3, label=ROWS[row])
-        if (runs[0]["folder"] / "update_sizes.csv").exists():
+    fig = plots.figure(13, 4.6)
+    left, middle, right = fig.subplots(1, 3)
+    for place, (row, runs) in enumerate(found.items()):
+        mean, half = bounds([100 * facts["figures"]["last accuracy"] for facts in runs])
+        left.errorbar(mean, -place, xerr=half, fmt="o", markersize=4, capsize=2, color="C1" if row == MAIN else "C0")
+        if row in WAYS:
+            after = [[v for n, v in facts["figures"].items() if n.startswith("accuracy after task")] for facts in runs]
+            way = 100 * torch.tensor(after).mean(0)
+            middle.plot(range(1, len(way) + 1), way, marker="o", markersize=3, label=ROWS[row])
+        if row.startswith(MAIN):
             sizes = torch.tensor([_sizes(facts["folder"]) for facts in runs]).mean(0)
             right.plot(range(1, len(sizes) + 1), sizes, marker="o", markersize=3, label=ROWS[row])
-    for axes, title in ((left, "accuracy on all tasks so far"), (right, "mean norm of a task's update, at the end")):
+    left.set_yticks([-place for place in range(len(found))], [ROWS[row] for row in found], fontsize=8)
+    left.set_xlabel("%, 95 % interval")
+    titles = ("last accuracy", "accuracy on the tasks so far, %", "mean norm of each task's update, at the end")
+    for axes, title in zip((left, middle, right), titles, strict=True):
         axes.set_title(title, color=plots.INK, fontsize=10)
+        axes.grid(alpha=0.25)
+    for axes in (middle, right):
         axes.set_xlabel("task")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="lower left")
     plots.save(fig, path)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from visadapt.backbones.precision import trainable_in_fp32
@@ -20,6 +21,7 @@ from visadapt.backbones.video_text import encode_prompts, null_text
 from visadapt.callbacks.check_reached import CheckReached
 from visadapt.core.model import Adaptation, adapters, is_adapter_key, strength
 from visadapt.core.train import penalty
+from visadapt.data.loader import mixed_seed
 from visadapt.losses import video as vd
 from visadapt.losses.diffusion import per_sample
 from visadapt.optim.schedule import Schedule, total_steps
@@ -121,6 +123,7 @@ class TextToVideo(DiffusionTask):
             )
         self.strengths = dict(strengths or {})
         self._passes: list[Pass] = []
+        self._asked = torch.zeros(())
         self._sets: Sets
         self._switch = 0.0
 
@@ -194,6 +197,18 @@ class TextToVideo(DiffusionTask):
         return null_text(self.model)
 
     # --- training ----------------------------------------------------------------------
+    def setup(self, stage: str) -> None:
+        """Sets rest in some steps, on some processes: DDP must not wait for their gradients, FSDP2 would for ever.
+
+        Raises:
+            ValueError: The clips of a batch have sets of their own, and the model is sharded.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy._ddp_kwargs["find_unused_parameters"] = True
+        elif isinstance(strategy, ModelParallelStrategy) and self.clips > 1:
+            raise ValueError("model.clips: a sharded model cannot train other sets on each process; use strategy: ddp")
+
     def on_train_start(self) -> None:
         """As every task; the sets are known from here on."""
         super().on_train_start()
@@ -202,30 +217,33 @@ class TextToVideo(DiffusionTask):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The sum of the losses of a step; ``backward`` gives each set the gradient of its own."""
         latents = self.latents(batch)
-        self._passes = list(self._losses(batch, latents, self.generator(batch_idx)))
+        # The same in all processes: FSDP2 waits until each has the gradients of the same tensors.
+        chance = torch.Generator().manual_seed(mixed_seed(self.seed, self.current_epoch, batch_idx))
+        skipped = bool(torch.rand((), generator=chance) < self.paths.skip)
+        self._passes = list(self._losses(batch, latents, self.generator(batch_idx), skipped))
         learning = frozenset[str]().union(*(one.learning for one in self._passes))
         with self._sets.only(self._sets.names, learning):
-            asked = penalty(self.model)
-        if asked.requires_grad:
-            self._passes.append(Pass(asked, self._sets.names, learning))
-        for kind in dict.fromkeys(one.kind for one in self._passes if one.kind):
+            self._asked = penalty(self.model)
+        for kind in dict.fromkeys(one.kind for one in self._passes):
             value = torch.stack([one.loss.detach() for one in self._passes if one.kind == kind]).sum()
             self.log(f"train/{kind}", value, batch_size=len(latents))
-        total = torch.stack([one.loss for one in self._passes]).sum()
+        total = torch.stack([one.loss for one in self._passes]).sum() + self._asked.detach()
         self.report("train", total, None, latents)
         return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradients of all losses of a step, each with its own sets; the optimiser steps after the last."""
-        vp.backward(loss, self._passes, self._sets)
+        vp.backward(loss, self._passes, self._sets, self._asked)
         self._passes = []
 
-    def _losses(self, batch: dict[str, Any], latents: Tensor, generator: torch.Generator) -> Iterator[Pass]:
-        """The passes of a step, for each spatial set those of its clips."""
+    def _losses(
+        self, batch: dict[str, Any], latents: Tensor, generator: torch.Generator, skipped: bool = False
+    ) -> Iterator[Pass]:
+        """The passes of a step, for each spatial set those of its clips; in some steps the spatial sets rest."""
         drawn, keep = self.draw(latents, generator)
         count, frames = latents.shape[:2]
         frame, anchor = torch.randint(frames, (2, count), generator=generator)
-        skipped = bool(torch.rand((), generator=generator) < self.paths.skip) and frames > 1
+        skipped = skipped and frames > 1
         everything, mode = Step(batch, latents, drawn, keep, frame, anchor), self._mode
         if mode == "sequential":
             mode = "spatial" if self.global_step < self._switch else "second"

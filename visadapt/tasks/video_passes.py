@@ -26,13 +26,13 @@ class Pass:
         loss: A 0-d tensor with its graph.
         acting: Sets that acted on it.
         learning: Sets that learn from it.
-        kind: What it is called in the logs; empty is not logged.
+        kind: What it is called in the logs.
     """
 
     loss: Tensor
     acting: frozenset[str]
     learning: frozenset[str]
-    kind: str = ""
+    kind: str
 
 
 class Sets:
@@ -107,18 +107,26 @@ def plan(mode: str, own: str, names: frozenset[str], frames: int, skipped: bool)
     return [of_frames, of_clips] if mode == "dual" and not skipped else [of_clips]
 
 
-def backward(loss: Tensor, passes: Sequence[Pass], sets: Sets) -> None:
-    """The gradients of a sum of passes, one pass after the other.
+def backward(loss: Tensor, passes: Sequence[Pass], sets: Sets, asked: Tensor) -> None:
+    """The gradients of a sum of passes, one pass after the other, and of what the adapters ask to add.
 
     Args:
         loss: The sum of the passes, perhaps scaled (by gradient scaling, or for accumulation).
         passes: Its terms.
         sets: Of the model.
+        asked: The penalty, the same in all processes. Its gradients are added after those of the passes, which DDP has
+            averaged by then: it takes one gradient of each tensor.
     """
     scales = torch.autograd.grad(loss, [one.loss for one in passes], retain_graph=True)
     for one, scale in zip(passes, scales, strict=True):
         with sets.only(one.acting, one.learning):
             one.loss.backward(scale)
+    if asked.requires_grad:
+        learning = [p for name, p in sets.trained if any(name in one.learning for one in passes)]
+        added = torch.autograd.grad(asked, learning, scales[0], allow_unused=True)
+        for parameter, gradient in zip(learning, added, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 @dataclass(frozen=True)
