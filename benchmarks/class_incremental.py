@@ -120,7 +120,7 @@ def _sizes(folder: Path) -> list[float]:
 
 
 def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Last accuracy of all rows; of some the way there; and what each task's update is worth in SD-LoRA and variants."""
+    """Last accuracy of all rows, the way there of some, and what each task is worth in SD-LoRA and its variants."""
     from visadapt.report import plots
 
     fig = plots.figure(13, 4.6)
