@@ -80,8 +80,13 @@ def railway_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def motion_run(tmp_path_factory) -> Path:
-    """The adapter of a run that learned a motion: an appearance and a motion on the random video network of tests."""
+    """The adapter of a run that learned a motion, below VISADAPT_RUNS; else of both sets on a random video network."""
     pytest.importorskip("diffusers", reason="video models need diffusers: pip install 'visadapt[diffusion]'")
+    if given := os.environ.get("VISADAPT_RUNS"):
+        from apps import _runs
+
+        if found := _runs.newest(["TextToVideo"], Path(given)):
+            return found[0]
     from tests.tiny_video import FRAMES, video_base
     from tests.video_training import SPATIAL, TEMPORAL
     from visadapt.backbones.video_diffusion import VideoDiffusion
