@@ -88,9 +88,11 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with a mark if files differ from it."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    """The commit of the code, with a mark if files differ from it other than documents, which benchmarks write."""
+    found = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    code = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs"]
+    changed = subprocess.run(code, capture_output=True, text=True).stdout.strip()
+    return f"{found or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
