@@ -47,10 +47,9 @@ ROWS = {
     "sd_lora_released": "SD-LoRA, directions as released",
 }
 FIGURES = {"last accuracy": 100.0, "average accuracy": 100.0, "forgetting": 100.0}
-PATHS = ("sequential", "sequential_same_rate", "sd_lora")  # what the way between the weights is drawn of
-WAYS = ("known_task", "replay", "ranpac", *PATHS)  # whose accuracies on the way are drawn
 MAIN = "sd_lora"  # what every row is compared with
-TURN = (MAIN, "sequential", "sequential_same_rate")  # what the comparison turns on: twice as many seeds
+TURN = ("sequential", "sequential_same_rate", MAIN)  # what that turns on: twice the seeds, and their way is drawn
+WAYS = ("known_task", "replay", "ranpac", *TURN)  # whose accuracies on the way are drawn
 SEARCH_SEED = 99
 
 
@@ -60,7 +59,7 @@ def command(sequence: str, row: str, seed: int, folder: Path, rate: float | None
     line = [*_runs.command("fit", configs, seed, folder, rate), f"--data.order_seed={seed}", f"--model.seed={seed}"]
     if rate is not None:
         return [*line, "--data.evaluate=val"]
-    return [*line, "--model.keep_tasks=true"] if row in PATHS else line
+    return [*line, "--model.keep_tasks=true"] if row in TURN else line
 
 
 def run(sequence: str, row: str, seed: int, out: Path, jobs: int) -> dict[str, Any]:
@@ -155,7 +154,7 @@ def path_picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     fig = plots.figure(11, 3.6)
     panels = fig.subplots(1, 2)
-    for row in (row for row in PATHS if row in found):
+    for row in (row for row in TURN if row in found):
         loss = torch.stack([_path.losses(facts["folder"]) for facts in found[row]])
         way = torch.linspace(0, 1, loss.shape[1])
         for axes, values in zip(panels, (loss[..., 0], loss.mean(2)), strict=True):
@@ -200,7 +199,7 @@ def main() -> None:
     text = "\n\n".join(table(sequence, rows) for sequence, rows in found.items())
     _runs.write_page(options.out.with_suffix(".md"), "Class-incremental learning", text)
     picture(found[options.tasks[0]], options.image)
-    if any(row in PATHS for row in options.rows):
+    if any(row in TURN for row in options.rows):
         path_picture(found[options.tasks[0]], options.image.with_stem(f"{options.image.stem}_path"))
     print(text)
 
