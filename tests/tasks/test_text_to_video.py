@@ -1,7 +1,10 @@
 """Text-to-video: each set gets the gradient of its own loss, whatever the mode; resume is exact; files hold both."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 import visadapt as va
@@ -120,6 +123,14 @@ def test_skipped_steps_leave_the_spatial_set_out():
     for adapter in va.adapters(other.model, "spatial").values():
         nn.init.zeros_(adapter.up)
     assert kinds[0] == step(other, given)[0][1]
+
+
+def test_a_sharded_model_cannot_have_a_set_per_clip():
+    found = task(clips=2)
+    found._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match="use strategy: ddp"):
+        found.setup("fit")
+    found.setup("test")
 
 
 def test_each_clip_may_have_a_spatial_set():

@@ -1,4 +1,4 @@
-"""Text-to-video on two processes makes the steps of one, though each draws for itself which sets learn."""
+"""Text-to-video on two processes makes the steps of one, also where sets rest, or differ by process."""
 
 import os
 import subprocess

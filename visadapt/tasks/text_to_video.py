@@ -206,7 +206,7 @@ class TextToVideo(DiffusionTask):
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             strategy._ddp_kwargs["find_unused_parameters"] = True
-        elif isinstance(strategy, ModelParallelStrategy) and self.clips > 1:
+        elif stage == "fit" and isinstance(strategy, ModelParallelStrategy) and self.clips > 1:
             raise ValueError("model.clips: a sharded model cannot train other sets on each process; use strategy: ddp")
 
     def on_train_start(self) -> None:
