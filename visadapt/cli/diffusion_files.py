@@ -88,7 +88,7 @@ def choose_sets(model: Any, sets: list[str] | None) -> None:
     """
     import visadapt as va
     from visadapt.backbones.video_diffusion import VideoModel
-    from visadapt.tasks.video_passes import MOTION, is_spatial
+    from visadapt.tasks.video_sets import MOTION, is_spatial
 
     names = list(dict.fromkeys(adapter.name for adapter in va.adapters(model).values()))
     if sets is not None:

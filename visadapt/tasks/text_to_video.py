@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,12 +25,13 @@ from visadapt.losses import video as vd
 from visadapt.losses.diffusion import per_sample
 from visadapt.optim.schedule import Schedule, total_steps
 from visadapt.tasks import video_passes as vp
+from visadapt.tasks import video_sets as vs
 from visadapt.tasks.base import DEFAULT_SCHEDULE
 from visadapt.tasks.diffusion import DiffusionTask, Drawn
 from visadapt.tasks.diffusion_options import ClipPreview, Noise, Paths, Robust
 from visadapt.tasks.measures import report
 from visadapt.tasks.video_measures import ClipMeasures, ClipMeasuring
-from visadapt.tasks.video_passes import APPEARANCE, Pass, Sets, Step, is_spatial
+from visadapt.tasks.video_passes import Pass, Sets, Step
 from visadapt.tasks.video_start import beginning
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ class TextToVideo(DiffusionTask):
         self.paths, self.clips, self.what = paths, clips, train
         self.preview: ClipPreview = preview
         self.measures = measures
-        vp.check_names({adaptation.name for adaptation in self.adaptations}, paths, train)
+        vs.check_names({adaptation.name for adaptation in self.adaptations}, paths, train)
         if clips > 1:
-            self._multiply()
+            self.adaptations, self.rates = vs.one_per_clip(self.adaptations, self.rates, clips)
         self._names = list(dict.fromkeys(adaptation.name for adaptation in self.adaptations))
         if unknown := set(strengths or {}) - set(self._names):
             raise ValueError(
@@ -126,16 +126,6 @@ class TextToVideo(DiffusionTask):
         self._asked = torch.zeros(())
         self._sets: Sets
         self._switch = 0.0
-
-    def _multiply(self) -> None:
-        """A spatial set, and its learning rate, for each clip."""
-        sets: list[Adaptation] = []
-        for adaptation in self.adaptations:
-            own = [replace(adaptation, name=f"{APPEARANCE}-{number}") for number in range(self.clips)]
-            sets += own if adaptation.name == APPEARANCE else [adaptation]
-        self.adaptations = sets
-        if (rate := self.rates.pop(APPEARANCE, None)) is not None:
-            self.rates |= {f"{APPEARANCE}-{number}": rate for number in range(self.clips)}
 
     # --- the model ---------------------------------------------------------------------
     def build(self) -> VideoModel:
@@ -247,30 +237,12 @@ class TextToVideo(DiffusionTask):
         everything, mode = Step(batch, latents, drawn, keep, frame, anchor), self._mode
         if mode == "sequential":
             mode = "spatial" if self.global_step < self._switch else "second"
-        for own, rows in self._sources(batch, count):
+        for own, rows in vs.sources(batch.get("clip"), count, self._sets.names, self.clips):
             step = everything.rows(rows)
             for kind, acting, learning in vp.plan(mode, own, self._sets.names, frames, skipped):
                 with self._sets.only(acting, learning):
                     losses = self._of_frames(step) if kind == "appearance" else self._of_clips(step)
                 yield Pass(losses.sum() / count, acting, learning, kind)
-
-    def _sources(self, batch: dict[str, Any], count: int) -> Iterator[tuple[str, Tensor]]:
-        """The spatial sets that a batch needs, and the rows of their clips.
-
-        Raises:
-            ValueError: A clip has no spatial set.
-        """
-        if f"{APPEARANCE}-0" not in self._sets.names:
-            yield APPEARANCE, torch.arange(count)
-            return
-        numbers = batch["clip"].cpu()
-        if int(numbers.max()) >= self.clips:
-            raise ValueError(
-                f"model.clips: {self.clips}, but the data have a clip number {int(numbers.max())}, counted from 0; "
-                "set model.clips to the number of clips, or to 1 for one spatial set"
-            )
-        for number in numbers.unique().tolist():
-            yield f"{APPEARANCE}-{number}", (numbers == number).nonzero()[:, 0]
 
     def _of_frames(self, step: Step) -> Tensor:
         """Losses (B,) of the drawn frame of each clip."""
@@ -313,13 +285,13 @@ class TextToVideo(DiffusionTask):
         both = self.paths.mode in (None, "sequential")
         for callback in found:
             if isinstance(callback, CheckReached):
-                callback.unused = tuple(name for name in self._names if both or is_spatial(name))
+                callback.unused = tuple(name for name in self._names if both or vs.is_spatial(name))
         return found
 
     # --- evaluation --------------------------------------------------------------------
     def used(self, name: str) -> float:
         """How far a set acts in validation and rendering."""
-        rests = is_spatial(name) and self.paths.mode in (None, "dual", "sequential")
+        rests = vs.is_spatial(name) and self.paths.mode in (None, "dual", "sequential")
         return self.strengths.get(name, 0.0 if rests else 1.0)
 
     def use(self) -> None:
@@ -328,7 +300,7 @@ class TextToVideo(DiffusionTask):
 
     def variants(self) -> dict[str, dict[str, float]]:
         """Strengths, by a title, that a run shows beside those of inference: the appearance that rests there."""
-        resting = [name for name in self._names if is_spatial(name) and not self.used(name)]
+        resting = [name for name in self._names if vs.is_spatial(name) and not self.used(name)]
         if not resting:
             return {}
         strengths = {name: self.used(name) for name in self._names} | {resting[0]: 1.0}

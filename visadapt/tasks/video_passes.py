@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from visadapt.core.model import adapters
 from visadapt.tasks.diffusion import Drawn, rows_of
-from visadapt.tasks.diffusion_options import Paths
+from visadapt.tasks.video_sets import MOTION
 
-APPEARANCE, MOTION = "spatial", "temporal"  # names of sets
 Planned = tuple[str, frozenset[str], frozenset[str]]
 
 
@@ -165,23 +164,3 @@ def _rows(value: Any, which: Tensor) -> Any:
     if isinstance(value, Mapping):
         return {key: rows_of(tensor, which) for key, tensor in value.items()}
     return [value[index] for index in which.tolist()]
-
-
-def is_spatial(name: str) -> bool:
-    """Whether a set is one of appearance: `spatial`, or `spatial-0` of the first clip."""
-    return name.partition("-")[0] == APPEARANCE
-
-
-def check_names(names: set[str], paths: Paths, train: str) -> None:
-    """Raise unless a mode has the sets that it trains."""
-    if paths.mode == "single":
-        return
-    wanted = {"temporal": {MOTION}, "spatial": {APPEARANCE}}.get(paths.mode or "", {APPEARANCE, MOTION})
-    has = names | ({MOTION} if train == "temporal" else set())
-    told = paths.mode or "dual or sequential"
-    if has != wanted:
-        listed = " and ".join(f"'{name}'" for name in sorted(wanted))
-        raise ValueError(
-            f"model.adapters: the sets {', '.join(sorted(names)) or '(none)'}; model.paths.mode {told} trains "
-            f"{listed}: name them so, or choose another mode"
-        )
