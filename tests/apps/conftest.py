@@ -14,6 +14,15 @@ import visadapt as va
 torch.set_num_threads(1)
 
 
+def given(task: str) -> Path | None:
+    """The newest adapter of a task in the folder of runs that VISADAPT_RUNS names, if there is one."""
+    from apps import _runs
+
+    folder = os.environ.get("VISADAPT_RUNS")
+    found = _runs.newest([task], Path(folder)) if folder else []
+    return found[0] if found else None
+
+
 def noisy(model, size: float = 0.2):
     """Adapters that do something."""
     generator = torch.Generator().manual_seed(0)
@@ -59,11 +68,8 @@ def railway_run(tmp_path_factory) -> Path:
     from visadapt.backbones.sam import SAM
     from visadapt.tasks.automatic import AutomaticSegmentation
 
-    if given := os.environ.get("VISADAPT_RUNS"):
-        from apps import _runs
-
-        if found := _runs.newest(["AutomaticSegmentation"], Path(given)):
-            return found[0]
+    if found := given("AutomaticSegmentation"):
+        return found
     options = {
         "backbone": {"class_path": "visadapt.backbones.sam.SAM", "init_args": {"name": "tiny_sam"}},
         "adapters": [{"method": {"class_path": "visadapt.methods.lora.LoRA"}, "targets": "encoder.qv"}],
@@ -82,11 +88,8 @@ def railway_run(tmp_path_factory) -> Path:
 def motion_run(tmp_path_factory) -> Path:
     """The adapter of a run that learned a motion, below VISADAPT_RUNS; else of both sets on a random video network."""
     pytest.importorskip("diffusers", reason="video models need diffusers: pip install 'visadapt[diffusion]'")
-    if given := os.environ.get("VISADAPT_RUNS"):
-        from apps import _runs
-
-        if found := _runs.newest(["TextToVideo"], Path(given)):
-            return found[0]
+    if found := given("TextToVideo"):
+        return found
     from tests.tiny_video import FRAMES, video_base
     from tests.video_training import SPATIAL, TEMPORAL
     from visadapt.backbones.video_diffusion import VideoDiffusion
@@ -111,11 +114,8 @@ def picture_run(tmp_path_factory) -> Path:
     pytest.importorskip("diffusers", reason="Stable Diffusion needs diffusers: pip install 'visadapt[diffusion]'")
     from visadapt.backbones.stable_diffusion import StableDiffusion
 
-    if given := os.environ.get("VISADAPT_RUNS"):
-        from apps import _runs
-
-        if found := _runs.newest(["TextToImage"], Path(given)):
-            return found[0]
+    if found := given("TextToImage"):
+        return found
     options = {
         "backbone": {
             "class_path": "visadapt.backbones.stable_diffusion.StableDiffusion", "init_args": {"name": "tiny_sd"},
@@ -131,11 +131,7 @@ def picture_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def for_classify(digits_adapter) -> Path:
     """The trained adapter below VISADAPT_RUNS, for pictures in the documents; else the untrained one."""
-    if given := os.environ.get("VISADAPT_RUNS"):
-        from apps import _runs
-
-        return _runs.newest(["Classification"], Path(given))[0]
-    return digits_adapter
+    return given("Classification") or digits_adapter
 
 
 @pytest.fixture(scope="session")
