@@ -33,6 +33,17 @@ def test_a_whole_plan_comes_back(tmp_path):
     assert torch.equal(va.load(tiny_vit(), again, strict=True)(images()), model(images()))
 
 
+def test_a_file_with_a_trained_part_that_the_network_lacks_says_what_to_build(tmp_path):
+    model = va.adapt(tiny_vit(), va.LoRA(rank=2), "attention")
+    model.coarse = nn.Linear(2, 2)
+    model.coarse.requires_grad_(True)
+    path = va.save(model, tmp_path / "a.safetensors")
+    bare = tiny_vit()
+    with pytest.raises(ValueError, match=r"has no 'coarse.*load into `task.model`"):
+        va.load(bare, path)
+    assert not va.adapters(bare)
+
+
 def test_the_file_holds_adapters_only(file):
     with safe_open(file, "pt") as f:
         plan = json.loads(f.metadata()["visadapt"])

@@ -223,6 +223,11 @@ def _fill(model: nn.Module, held: Mapping[str, Tensor], new: set[int], path: Any
             problems.append(f"'{key}' is {tuple(tensor.shape)} in the file, {tuple(state[key].shape)} in the model")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        if any(k.startswith("trained.") and k.removeprefix("trained.") not in state for k in held):
+            more += (
+                ". The file also holds what its task trained besides adapters, such as a head or new words: call "
+                "`task.configure_model()` of such a task and load into `task.model`, or `visadapt predict --adapter`"
+            )
         raise ValueError("; ".join(problems[:3]) + more)
     with torch.no_grad():
         for key, tensor in source.items():
