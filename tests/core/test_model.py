@@ -34,6 +34,24 @@ def test_rebuild_starts_from_the_base_that_was_loaded_afterwards():
     torch.testing.assert_close(model(images()), other(images()))
 
 
+@pytest.mark.parametrize(
+    "method", [va.VeRA(rank=4), va.LoCA(count=5), va.RandLoRA(rank=2)], ids=lambda m: type(m).__name__
+)
+def test_tensors_of_all_sites_stay_one_when_the_model_moves(method):
+    def held(model):
+        return {id(b): b.numel() for a in va.adapters(model).values() for b in a.buffers()}
+
+    model = va.adapt(tiny_vit(), method, "attn.qkv")
+    before = held(model)
+    assert len(va.adapters(model)) > 1
+    for move in (torch.Tensor.double, torch.Tensor.float, torch.clone):  # also functions that outlive the call
+        model._apply(move)
+        assert sorted(held(model).values()) == sorted(before.values())
+    model.double().to("cpu")
+    assert sorted(held(model).values()) == sorted(before.values())
+    assert {b.dtype for a in va.adapters(model).values() for b in a.buffers()} == {torch.float64}
+
+
 def test_several_sets_have_their_own_strength():
     model = va.adapt(tiny_vit(), va.LoRA(rank=2), QV, name="one")
     va.adapt(model, va.DoRA(rank=2), ["mlp.fc1", "attn.qkv:k"], name="two", freeze=False)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 Shared = TypeVar("Shared", bound=Tensor)
 # The state of one value per element that an optimiser keeps of a parameter, as views by name; empty before a step.
 Moments = Callable[[nn.Parameter], dict[str, Tensor]]
+
+
+class _Moved:
+    """What the last call of `.to` and the like, known by the function that it applies, has made of buffers."""
+
+    by: ClassVar[Any] = None
+    made: ClassVar[dict[int, tuple[ref[Tensor], ref[Tensor]]]] = {}  # id → before, after
 
 
 @dataclass_transform(eq_default=False, kw_only_default=True)
@@ -144,6 +152,21 @@ class Adapter(nn.Module):
         if key not in self._pool:
             self._pool[key] = make()
         return self._pool[key]  # type: ignore[return-value]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Torch moves parameters in place, but makes a new tensor of a buffer for each module that has it: buffers that
+        # the sites of a set share would part on the way to a GPU, and a model with 48 of them hold 48 copies.
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        if _Moved.by is not fn:
+            _Moved.by, _Moved.made = fn, {}
+        for name, buffer in before.items():
+            known, after = _Moved.made.get(id(buffer), (None, None))
+            if known and after and known() is buffer and after() is not None:
+                self._buffers[name] = after()
+            else:
+                _Moved.made[id(buffer)] = ref(buffer), ref(self._buffers[name])  # type: ignore[arg-type]
+        return self
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
