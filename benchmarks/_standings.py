@@ -121,8 +121,10 @@ def _costs(found: Found, row: str, cost: Mapping[str, Any]) -> list[str]:
     shares = [f"{100 * one['runs'][0]['parameters'] / one['budget']:.0f}" for one in results if "budget" in one]
     size = f"{run['bytes'] / 1024:,.0f}" if "bytes" in run else ""
     ratios = [f"{cost[name]:.2f}" if name in cost else "" for name in ("step", "peak")]
-    error = "" if "merge_error" not in cost else cost["merge_error"]
-    merged = "no merge" if error is None else error and f"{error:.0e}"
+    merged = ""
+    if "merge_error" in cost:
+        error = cost["merge_error"]
+        merged = "no merge" if error is None else f"{error:.0e}" if error else "0"
     return [f"{run['parameters']:,}", " / ".join(shares), size, *ratios, merged]
 
 

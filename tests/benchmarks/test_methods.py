@@ -116,7 +116,12 @@ def example():
     }
 
 
-COSTS = {"LoRA": {"step": 1.2, "peak": 1.1, "merge_error": 3e-7}, "NICE": {"merge_error": None, "no_merge": "no"}}
+COSTS = {
+    "LoRA": {"step": 1.2, "peak": 1.1, "merge_error": 3e-7},
+    "SSF": {"merge_error": 0.0},
+    "OFT": {"merge_error": None, "no_merge": "no"},
+    "NICE": {"merge_error": None, "no_merge": "no"},
+}
 
 
 def test_intervals_and_what_seeds_cannot_tell():
@@ -137,6 +142,7 @@ def test_the_table_says_all_of_it():
     assert lines["LoRA"].startswith(
         "| LoRA | **72.0 ± 5.0** | 0.510 ± 0.025 | 90 | 90 / 90 | 2 | 1.20 | 1.10 | 3e-07 |"
     )
+    assert lines["SSF"].endswith("| 0 |") and lines["OFT"].endswith("| no merge |")
     assert "**0.410 ± 0.025**" in lines["DoRA"]
     assert "| 1 of 3 failed |" in lines["OFT"]
     assert "| refused |" in lines["NICE"]
