@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from scipy.stats import t as student
@@ -16,7 +16,8 @@ from visadapt.core.files import replacing
 
 Found = Mapping[str, Mapping[str, Mapping[str, Any]]]  # task → row → what `_training.row` gives
 SURE = 0.95
-NAMED = 6  # leading rows whose names fit into a picture
+NAMED = 4  # leading rows whose names fit into a picture
+LETTERS, WIDTH = 11, 60  # of a name there, in pixels
 
 
 @dataclass(frozen=True)
@@ -161,32 +162,69 @@ def write_costs(path: Path, costs: Mapping[str, Mapping[str, Any]], about: Mappi
 
 
 def picture(path: Path, found: Found, costs: Mapping[str, Mapping[str, Any]], methods: set[str]) -> None:
-    """Score against parameters and against step time, a column per task; named are some leading rows and LoRA."""
+    """A column per task: all methods by score, then score against parameters and against step time; LoRA is dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tasks = list(found)
-    figure = Figure(figsize=(5 * len(tasks), 8), layout="constrained")
+    scored = {
+        task: [r for r in found[task] if r in methods and cell(found, task, r).mean is not None] for task in tasks
+    }
+    tall = 2 + 0.16 * max(len(rows) for rows in scored.values())
+    figure = Figure(figsize=(5 * len(tasks), tall + 6.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for column, task in enumerate(tasks):
-        rows = [row for row in found[task] if row in methods and cell(found, task, row).mean is not None]
-        first = leading(found, task, rows)
-        sign = CONTESTS[task].better
-        named = {"LoRA", *sorted(first, key=lambda row: -sign * (cell(found, task, row).mean or 0.0))[:NAMED]}
-        x_values = (
-            ("trained parameters", {row: found[task][row]["runs"][0]["parameters"] for row in rows}),
-            ("step time / frozen model", {row: costs[row]["step"] for row in rows if "step" in costs.get(row, {})}),
-        )
-        for line, (label, xs) in enumerate(x_values):
-            axes = figure.add_subplot(2, len(tasks), 1 + column + line * len(tasks))
+    panels = figure.subplots(3, len(tasks), squeeze=False, height_ratios=(tall, 3.25, 3.25))
+    for (above, middle, below), task in zip(panels.T, tasks, strict=True):
+        rows, sign, first = scored[task], CONTESTS[task].better, leading(found, task, scored[task])
+        cells = {row: cell(found, task, row) for row in rows}
+        rows.sort(key=lambda row: sign * (cells[row].mean or 0.0))
+        for place, row in enumerate(rows):
+            half = half_width(cells[row].finite)
+            above.errorbar(cells[row].mean, place, xerr=half, fmt="o", color=_colour(row, first), ms=3, lw=0.8)
+        above.set_yticks(range(len(rows)), rows, fontsize=7)
+        above.set(xlabel=CONTESTS[task].heading, ylim=(-1, len(rows)))
+        parameters = {row: found[task][row]["runs"][0]["parameters"] for row in rows}
+        times = {row: costs[row]["step"] for row in rows if "step" in costs.get(row, {})}
+        for axes, label, xs in (
+            (middle, "trained parameters", parameters),
+            (below, "step time / frozen model", times),
+        ):
+            named = {"LoRA", *[row for row in reversed(rows) if row in first][:NAMED], *_outside(xs)}
             for row, x in xs.items():
-                one, colour = cell(found, task, row), "tab:blue" if row in first else "tab:gray"
-                axes.errorbar(x, one.mean, half_width(one.finite), fmt="o", color=colour, ms=4, lw=0.8)
-                if row in named:
-                    axes.annotate(row, (x, one.mean), (4, 3), textcoords="offset points", fontsize=7)
-            axes.set(xlabel=label, ylabel=CONTESTS[task].heading, xscale="linear" if line else "log")
-            axes.margins(x=0.15)
+                one = cells[row]
+                axes.errorbar(x, one.mean, half_width(one.finite), fmt="o", color=_colour(row, first), ms=4, lw=0.8)
+            axes.set(xlabel=label, ylabel=CONTESTS[task].heading, xscale="log")
+            axes.margins(x=0.25, y=0.1)
             if sign < 0:
                 axes.invert_yaxis()  # up is better everywhere
+            _name(axes, [(xs[row], cells[row].mean or 0.0, row) for row in named if row in xs])
+        if sign < 0:
+            above.invert_xaxis()
+        if "LoRA" in cells:
+            above.axvline(cells["LoRA"].mean, color="black", lw=0.8, ls="--")
+            for axes in (middle, below):
+                axes.axhline(cells["LoRA"].mean, color="black", lw=0.8, ls="--")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _colour(row: str, first: set[str]) -> str:
+    return "tab:blue" if row in first else "tab:gray"
+
+
+def _outside(xs: Mapping[str, float]) -> list[str]:
+    """Rows that lie far off the others along x."""
+    middle = median(xs.values()) if xs else 1.0
+    return [row for row, x in xs.items() if not 0.6 < x / middle < 1.67]
+
+
+def _name(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write names to the right of points, each as much lower than the one before as letters are high."""
+    pixels = [(*axes.transData.transform((x, y)), x, y, row) for x, y, row in points]
+    taken: list[tuple[float, float]] = []
+    for left, height, x, y, row in sorted(pixels, key=lambda point: -point[1]):
+        free = height
+        while any(abs(free - other) < LETTERS and abs(left - beside) < WIDTH for beside, other in taken):
+            free -= 1
+        taken.append((left, free))
+        axes.annotate(row, (x, y), (6, free - height - 2), textcoords="offset pixels", fontsize=6)
