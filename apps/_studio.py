@@ -169,7 +169,7 @@ def _parts(path: Path) -> dict[str, Path]:
 
 
 def _is_appearance(name: str) -> bool:
-    from visadapt.tasks.video_passes import is_spatial  # with it comes Lightning, seconds that only clips take
+    from visadapt.tasks.video_sets import is_spatial  # with it comes Lightning, seconds that only clips take
 
     return is_spatial(name)
 
