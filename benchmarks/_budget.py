@@ -47,7 +47,7 @@ KNOBS: dict[str, tuple[Sizes, Options]] = {
     "OFT": (SIDES, lambda size, steps: {"block": size}),
     "BOFT": (SIDES, lambda size, steps: {"block": size}),
     "HRA": (RANKS, lambda size, steps: {"rank": 2 * size}),
-    "Compacter": (RANKS, lambda size, steps: {"rank": 4 * size}),
+    "Compacter": (RANKS, lambda size, steps: {"rank": 64, "inner": size}),  # by its rank alone: thousands of units
     "FourierFT": (COUNTS, lambda size, steps: {"count": size}),
     "WaveFT": (COUNTS, lambda size, steps: {"count": size}),
     "LoCA": (COUNTS, lambda size, steps: {"count": size}),
