@@ -21,6 +21,7 @@ METHODS = {
     "dora": lambda: va.DoRA(rank=2),
     "hydra": lambda: va.Hydra(),
     "salt": lambda: va.SALT(),
+    "dv lora": lambda: va.DVLoRA(rank=2, warmup=3),
 }
 
 

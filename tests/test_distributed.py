@@ -49,6 +49,7 @@ def one_process(tmp_path_factory):
 CASES = [
     ("ddp", "lora"), ("ddp views", "lora"), ("ddp", "hydra"),
     ("fsdp2", "lora"), ("fsdp2", "dora"), ("fsdp2", "salt"),
+    ("ddp", "dv lora"),
 ]  # fmt: skip
 
 

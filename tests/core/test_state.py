@@ -124,3 +124,16 @@ def test_a_set_of_two_methods_takes_a_new_name(tmp_path):
     found = va.load(tiny_vit(), file, name="mine")
     assert {adapter.name for adapter in va.adapters(found).values()} == {"mine"}
     assert torch.equal(found.eval()(images()), model.eval()(images()))
+
+
+@pytest.mark.parametrize("method", [va.SALT(rank=2), va.LoLDU(rank=4)], ids=repr)
+def test_directions_that_are_computed_from_the_weights_need_their_values(tmp_path, method):
+    model = moved(va.adapt(tiny_vit(), method, "attention"))
+    path = va.save(model, tmp_path / "a.safetensors")
+    assert torch.equal(va.load(tiny_vit(), path, strict=True)(images()), model(images()))
+    copy = tiny_vit().bfloat16()
+    with pytest.raises(ValueError, match="computes directions from the weights"):
+        va.load(copy, path)
+    assert not va.adapters(copy)
+    plain = va.save(moved(va.adapt(tiny_vit(), va.LoRA(rank=2), "attention")), tmp_path / "b.safetensors")
+    assert va.adapters(va.load(copy, plain, strict=True))

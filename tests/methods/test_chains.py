@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -135,3 +136,34 @@ def test_chains_that_cannot_be(tmp_path):
         train(tmp_path, Chain(5), task=TinyTask())
     with pytest.raises(ValueError, match="every=0"):
         Chain(0)
+
+
+class Restless(L.Callback):
+    """Draws from the global source, as the data or the network of one process may and those of another may not."""
+
+    def on_train_batch_start(self, *args):
+        torch.rand(3)
+
+
+def test_links_start_alike_whatever_else_is_drawn(tmp_path):
+    def run(name, *callbacks):
+        adaptation = va.Adaptation(va.OLoRA(rank=2, tasks=4), ["mlp.fc1"])
+        return weights(train(tmp_path / name, Chain(5), *callbacks, task=TinyTask(dropout=0.0, adapters=[adaptation])))
+
+    one, other = run("a"), run("b", Restless())
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_averages_start_anew_with_each_link(tmp_path):
+    live = {}
+
+    class Live(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            live[trainer.global_step] = weights(module)
+
+    task = TinyTask(dropout=0.0, ema_decay=0.9, adapters=[va.Adaptation(va.OLoRA(rank=2, tasks=4), ["mlp.fc1"])])
+    whole = weights(train(tmp_path, Chain(8), Live(), task=task, max_epochs=1))
+    assert max(live) == 9
+    for name, tensor in whole.items():
+        if name.endswith((".up", ".down")):
+            torch.testing.assert_close(tensor, torch.lerp(live[8][name], live[9][name], 9 / 19))

@@ -75,3 +75,25 @@ def test_a_run_searches(tmp_path):
     assert sum(float(a.chosen) for a in va.adapters(task).values()) == 3
     with pytest.raises(ValueError, match="needs an end"):
         before_step(task.model, 0)
+
+
+def test_what_is_chosen_stays_in_a_later_training():
+    model = va.adapt(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), va.DiffoRA(rank=2, search=0.5), "all")
+    members = list(va.adapters(model).values())
+    with pytest.raises(ValueError, match="search=0.5 of 1 steps is none"):
+        before_step(model, 0, 1)
+    optimizer = torch.optim.SGD(va.parameter_groups(model, 0.1, 0.0))
+    for step in range(8):
+        before_step(model, step % 4, 4)
+        model(torch.randn(3, 5)).sum().backward()
+        after_backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(model, of(optimizer))
+        if step == 1:
+            chosen = [a.chosen.clone() for a in members]
+        if step == 3:
+            learned = [a.up.detach().clone() for a in members]
+    assert sorted(a.item() for a in chosen) == [0, 1]
+    assert all(torch.equal(a.chosen, b) for a, b in zip(members, chosen))
+    assert all(a.up.any() for a, b in zip(members, learned) if b.any()), "not started anew"

@@ -75,3 +75,24 @@ def test_equals_peft():
         other.lora_B["default"].weight.copy_(adapter.up)
         other.lora_magnitude_vector["default"].weight.copy_(adapter.magnitude)
     close(model(x), other(x))
+
+
+@pytest.mark.parametrize("host", ["linear", "conv"])
+def test_rows_of_zeros_stay_and_a_weight_of_zeros_is_refused(host):
+    model, adapter, x = place(host, va.DoRA(rank=2), moved=False)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        nn.init.normal_(adapter.down)
+    va.rebuild(model)
+    model(x).square().sum().backward()
+    assert adapter.magnitude[1] == adapter.magnitude.grad[1] == 0
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+    nn.init.normal_(adapter.up)
+    with va.merged(model):
+        assert model[0].weight.isfinite().all()
+        assert not model[0].weight[1].any()
+    with torch.no_grad():
+        nn.init.zeros_(model[0].weight)
+    va.remove(model)
+    with pytest.raises(ValueError, match="its weight is zero"):
+        va.adapt(model, va.DoRA(rank=2), "0")

@@ -106,3 +106,12 @@ def test_refusals_and_counts():
     assert count(adapter) == 2 * 17 + 10 * 3
     with pytest.raises(ValueError, match="not affine"):
         va.merge(model)
+
+
+def test_a_map_weighs_by_its_mean():
+    model, adapter, _ = place("linear", va.DualLoRA(rank=2, bases=3, tasks=2))
+    x = torch.randn(2, 4, 5, 7, dtype=torch.float64)
+    mean = x.mean((1, 2))
+    weight = (mean @ adapter.basis[:, :3]).square().sum(1) / mean.square().sum(1)
+    want = nn.functional.linear(x, model[0].weight, model[0].bias) + x @ adapter.down.t() @ adapter.up.t()
+    close(model(x), want + weight.view(2, 1, 1, 1) * (x @ adapter.basis[:, :3] @ adapter.up_residual.t()))

@@ -65,3 +65,10 @@ def test_equals_peft(host):
         other.lora_B["default"].weight.copy_(adapter.up)
     other.lora_A.double(), other.lora_B.double()
     close(model(x), other(x), 1e-6)
+
+
+def test_dropout_is_refused_where_inputs_are_not_seen():
+    model = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match="not seen where a weight is read"):
+        va.adapt(model, va.LoRA(dropout=0.1), "in_proj_weight")
+    va.adapt(model, va.LoRA(), "in_proj_weight")

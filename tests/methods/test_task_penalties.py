@@ -199,3 +199,15 @@ def test_inf_lora_keeps_the_share_of_energy_that_is_asked_for():
 def test_inf_lora_refuses_convolutions():
     with pytest.raises(ValueError, match="input vectors.*use Linear"):
         place("conv", va.InfLoRA())
+
+
+def test_inf_lora_has_no_directions_where_the_task_has_no_energy():
+    model, adapter, _ = place("linear", va.InfLoRA(rank=4, tasks=3, first=0.999, last=0.999), moved=False)
+    first, second = inputs(3, 0)[0], inputs(2, 1)[0]
+    tell_inputs(model, "end_task", lambda: model(first))
+    next_task(model)
+    tell_inputs(model, "begin_task", lambda: model(torch.cat([first, second])))
+    assert (adapter.down @ adapter.memory).abs().max() < 1e-9
+    gram = torch.zeros(4, 4, dtype=torch.float64)
+    gram[:2, :2] = torch.eye(2, dtype=torch.float64) / 3
+    close(adapter.down @ adapter.down.t(), gram)

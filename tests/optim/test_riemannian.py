@@ -10,6 +10,7 @@ import visadapt as va
 from tests.methods.reference import HOSTS, close, place
 from tests.training import TinyTask, train
 from visadapt.callbacks.riemannian import Riemannian
+from visadapt.core.train import next_task
 from visadapt.optim.riemannian import precondition
 
 
@@ -94,3 +95,14 @@ def test_a_run_without_factor_pairs_is_told(tmp_path):
     task = TinyTask(adapters=[va.Adaptation(va.SSF(), ["attn.proj"])])
     with pytest.raises(ValueError, match="LoRA, B4M"):
         train(tmp_path, Riemannian(), task=task, max_steps=1)
+
+
+@pytest.mark.parametrize("method", [va.OLoRA(rank=2, tasks=3), va.DyLoRA(rank=4, use=2)], ids=repr)
+def test_factors_of_more_or_fewer_components_are_left_alone(method):
+    model, adapter, x = place("linear", method)
+    next_task(model)  # of the first; evaluation uses two components of the second
+    model.eval()
+    backward(model, x)
+    before = adapter.up.grad.clone()
+    assert precondition(model) == 0
+    assert torch.equal(adapter.up.grad, before)

@@ -191,6 +191,36 @@ def test_an_oracle_asks_the_adapters_of_the_task(tmp_path):
     assert adapter.only is None
 
 
+class Acting(L.Callback):
+    """Which of a stack's updates act while a task trains."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_train_start(self, trainer, module):
+        (adapter,) = va.adapters(module.model).values()
+
+        def note(*_):
+            if module.training:
+                self.seen.add((module.task, adapter.only))
+
+        module.model.body.register_forward_pre_hook(note)
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_an_oracle_trains_the_adapters_of_a_task_alone(tmp_path, oracle):
+    acting = Acting()
+    run(tmp_path, made(oracle=oracle), None, acting)
+    assert acting.seen == {(k, k if oracle else None) for k in range(3)}
+
+
+def test_replayed_images_need_a_loss_that_knows_their_classes(tmp_path):
+    data = sequence(replay=2)
+    with pytest.raises(ValueError, match="model.local: replayed images"):
+        run(tmp_path, made(data=data), data)
+    run(tmp_path, made(data=data, local=False), data)
+
+
 def test_a_cosine_head_scores_angles(tmp_path):
     task = run(tmp_path, made(head="cosine"))
     head, features = task.model.head, torch.randn(3, 12)

@@ -55,6 +55,12 @@ class AdapterEMA(L.Callback):
         averages = [_local(average) for average in self._average.values()]
         torch._foreach_lerp_(averages, [_local(self._trained[name]) for name in self._average], 1 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin the averages anew with the weights at hand, which are no longer those that they are of."""
+        for name, average in self._average.items():
+            average.copy_(self._trained[name])
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the averages (within ``fit`` only: a loaded checkpoint has them already)."""
         if trainer.state.fn == "fit" and self._average:

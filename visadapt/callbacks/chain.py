@@ -5,30 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 
+from visadapt.callbacks.adapter_ema import AdapterEMA
 from visadapt.core.model import adapters
 from visadapt.core.stack import TaskStack
 from visadapt.core.train import next_task
+from visadapt.maths.seeded import generator
 
 
 class Chain(L.Callback):
     """Begins a new link (RAC-LoRA) or round (XGBLoRA) of the adapters every ``every`` optimiser steps.
 
     The function stays the same, the factors that train start anew, and so does the state of the optimiser, of a trained
-    head as well; the learning rate goes on along its schedule. Any method that keeps the updates of finished tasks can
-    form a chain. Checkpoints say how many links are finished.
+    head as well, and averages of the trained tensors; the learning rate goes on along its schedule. Any method that
+    keeps the updates of finished tasks can form a chain. Checkpoints say how many links are finished.
 
     Args:
         every: Optimiser steps of one link.
+        seed: Source of what a link starts from, the same in every process.
 
     Raises:
         ValueError: ``every`` is below 1; later: no adapter keeps finished updates, or has room for all links.
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, seed: int = 0) -> None:
         if every < 1:
             raise ValueError(f"trainer.callbacks: Chain: every={every}, at least 1")
-        self.every = every
+        self.every, self.seed = every, seed
         self._stepped = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,9 +59,14 @@ class Chain(L.Callback):
             return
         self._stepped = step
         if step % self.every == 0 and step < trainer.estimated_stepping_batches:
-            next_task(pl_module)
+            with torch.random.fork_rng():
+                torch.manual_seed(generator(self.seed, "link", step).initial_seed())
+                next_task(pl_module)
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, AdapterEMA):
+                    callback.restart()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """How many links each adapter has finished."""

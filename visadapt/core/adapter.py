@@ -49,6 +49,8 @@ class Adapter(nn.Module):
         no_decay: names of its tensors that weight decay would harm (magnitudes, gains, biases).
         first_token: `begin_task` and `end_task` look at the first token of each sample alone.
         training_state: names of buffers that a run needs to go on, and an adapter file does not.
+        exact_base: its tensors mean something beside the very values of W alone, not beside those of a bf16 copy.
+        takes_turns: `before_step` says which of its tensors train, so that some have no gradient; DDP has to know.
 
     Attributes set by the host, unknown to the mathematics:
         name: the set that the adapter belongs to.
@@ -62,6 +64,8 @@ class Adapter(nn.Module):
     no_decay: ClassVar[tuple[str, ...]] = ()
     first_token: ClassVar[bool] = False
     training_state: ClassVar[tuple[str, ...]] = ()
+    exact_base: ClassVar[bool] = False
+    takes_turns: ClassVar[bool] = False
 
     # Annotations of this class are not fields: only subclasses become dataclasses.
     _pool: dict[str, Tensor]

@@ -144,6 +144,11 @@ def _slice(rows: Rows) -> slice:
     return slice(None) if rows is None else slice(*rows)
 
 
+def _over(dots: Tensor, gain: Tensor) -> Tensor:
+    """Their quotient; zero where the gain is, as it is for rows of zeros."""
+    return dots / torch.where(gain == 0, 1, gain)
+
+
 def _join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
@@ -246,7 +251,7 @@ class LinearUpdate(_Update):
                     )
                     # Σ g ⊙ u with u = (y − b) / gain, from the output that the next layer keeps anyway.
                     dots = _column_dots(part, y.reshape(len(g), -1)[:, _slice(rows)])
-                    grad_gain = (dots if bias is None else dots - total[0] * bias[_slice(rows)]) / gain
+                    grad_gain = _over(dots if bias is None else dots - total[0] * bias[_slice(rows)], gain)
                     grad_up, up = grad_up * gain, up * gain[:, None]
                 if not merges:
                     torch.mm(part, up, out=part_gz)
@@ -308,7 +313,7 @@ class ConvUpdate(_Update):
                     grad_up, total = torch.bmm(part, with_ones.transpose(1, 2)).sum(0).split((up.shape[1], 1), 1)
                     part_y = y.reshape(n, channels, -1)[:, _slice(rows)]
                     dots = sum((a * b).sum(1) for a, b in zip(part, part_y))  # by image: in the cache
-                    grad_gain = (dots if bias is None else dots - total[:, 0] * bias[_slice(rows)]) / gain
+                    grad_gain = _over(dots if bias is None else dots - total[:, 0] * bias[_slice(rows)], gain)
                     grad_up, up = grad_up * gain[:, None], up * gain[:, None]
                 grad_z.append(torch.bmm(up.t().expand(n, -1, -1), part))
                 grads += [None, grad_up, grad_gain]

@@ -2,7 +2,7 @@
 
 Tensors: `<layer>.adapters.<key>.<tensor>` of every adapter, and `trained.<name>` for parameters
 outside adapters that were trained (a new head). Metadata `visadapt`: JSON with the sets (method,
-hyper-parameters, sites) and the identity of the base model.
+hyper-parameters, sites, the values of the weights where the method depends on them) and the identity of the base model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from visadapt.core.adapter import Adapter
 from visadapt.core.files import replacing, serialise
 from visadapt.core.layer import prune
 from visadapt.core.model import adapt, adapters, grafted, is_adapter_key, label, overrides_of
+from visadapt.core.site import stored
 
 FORMAT = "1"
 Model = TypeVar("Model", bound=nn.Module)
@@ -63,8 +64,22 @@ def plan(model: nn.Module, base_name: str | None = None) -> dict[str, Any]:
             {"name": adapter.name, "method": method, "hparams": adapter.hparams(), "sites": {}},
         )
         entry["sites"][label(path, adapter)] = overrides_of(entry["hparams"], adapter)
+    for entry in sets.values():
+        if find_method(entry["method"]).exact_base:
+            entry["weights"] = _values(model, entry["name"])
     lean = [path for path, layer in grafted(model) if layer.__dict__.get("lean")]
     return {"format": FORMAT, "base": base_identity(model, base_name), "sets": list(sets.values()), "lean": bool(lean)}
+
+
+def _values(model: nn.Module, name: str) -> str:
+    """Hash of up to 65,536 values in float32 of every weight that a set is on; see `Adapter.exact_base`."""
+    digest = hashlib.sha256()
+    for _, layer in grafted(model):
+        found: list[Adapter] = [a for a in layer.adapters.values() if isinstance(a, Adapter) and a.name == name]
+        for param in sorted({a.param for a in found if a.exact_base}):
+            flat = stored(layer, param).detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // 65536)].float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -158,6 +173,11 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
         for entry in sets:
             prototype = find_method(entry["method"])(**entry["hparams"])
             adapt(model, prototype, entry["sites"], entry["name"], lean=file_plan.get("lean", False))
+        if any("weights" in entry and entry["weights"] != _values(model, entry["name"]) for entry in sets):
+            raise ValueError(
+                "its method computes directions from the weights, and these have other values than those that it was "
+                "trained on; load the base in the precision of the training, load the adapter, then convert both"
+            )
         _fill(model, held, {id(a) for a in adapters(model).values()} - before, path)
     except (ValueError, TypeError) as error:
         for _, layer in list(grafted(model)):

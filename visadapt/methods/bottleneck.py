@@ -24,9 +24,10 @@ class Bottleneck(FeatureMap):
 
     Sequential: Houlsby et al. 2019, arXiv 1902.00751, code: github.com/google-research/adapter-bert (behind attention
     and feed-forward, before the residual), and Pfeiffer et al. 2020, arXiv 2005.00052, code:
-    github.com/adapter-hub/adapters (behind the feed-forward alone, after the residual). Parallel: AdaptFormer, Chen et
-    al. 2022, arXiv 2205.13535, code: github.com/ShoufaChen/AdaptFormer (s = 0.1). Differs from AdaptFormer: beside one
-    layer, not the whole feed-forward block, and no dropout. Differs from the others: exactly the identity at start.
+    github.com/adapter-hub/adapters (behind the feed-forward alone; there after the residual, whose sum no layer has,
+    here before it, as Houlsby's). Parallel: AdaptFormer, Chen et al. 2022, arXiv 2205.13535, code:
+    github.com/ShoufaChen/AdaptFormer (s = 0.1). Differs from AdaptFormer: beside one layer, not the whole feed-forward
+    block, and no dropout. Differs from the others: exactly the identity at start.
 
     Args:
         rank: width of the bottleneck.

@@ -18,7 +18,8 @@ class CLoRA(TaskStack):
     effect and outputs along U from moving. They are random, as in the released code, or, in a sequence, the row and
     column spaces of the earlier tasks' updates (our reading; in the first task there are none, and no penalty).
 
-    Controlled LoRA 2025 (ACL), arXiv 2410.16801, code: github.com/sutakori/CLoRA.
+    Controlled LoRA 2025 (ACL), arXiv 2410.16801, code: github.com/sutakori/CLoRA. Differs from it: fewer random
+    directions (its README has 512, of networks wider than those here), the same for all layers of a size.
 
     Args:
         rank: inner dimension of each task's update.

@@ -19,8 +19,9 @@ class DiffoRA(Gated):
 
     s = alpha / rank; A (rank, in, *kernel) and B (out, rank) start as LoRA's, θ (1,) at zero. During the search A and B
     learn from every other batch, θ from those between, so that it is judged on data that they have not just seen. Then
-    the share `keep` of layers with the largest θ stays, and A, B and their moments start anew. `visadapt truncate`
-    leaves a single component of zeros where γ is 0.
+    the share `keep` of layers with the largest θ stays, and A, B and their moments start anew (averages of `ema_decay`
+    do not). Layers that are chosen stay so in a later training. `visadapt truncate` leaves a single component of zeros
+    where γ is 0.
 
     Jiang et al. 2025, arXiv 2502.08905; there is no official code. The paper's outline is known (a relaxed choice, made
     discrete, then weights that are shared), its equations are not: sigmoids for each layer, batches in turns and the
@@ -47,6 +48,7 @@ class DiffoRA(Gated):
         self.chosen: Tensor
         self.register_buffer("chosen", zeros(layer, 1).data - 1)
         self.now: tuple[int, int] | None = None
+        self._open: bool | None = None
         self._still: list[tuple[Tensor, Tensor]] = []
 
     def refuse(self, layer: Site) -> str | None:
@@ -63,11 +65,16 @@ class DiffoRA(Gated):
         """Remember the step, and the last one of the search.
 
         Raises:
-            ValueError: the number of steps is not known.
+            ValueError: the number of steps is not known, or leaves none for the search.
         """
         if total is None:
             raise ValueError("DiffoRA: its search needs an end; set trainer.max_epochs or trainer.max_steps")
-        self.now = (step, round(self.search * total) - 1)
+        if self._open is None or step == 0:
+            self._open = bool(self.chosen < 0)
+        last = round(self.search * total) - 1
+        if self._open and last < 0:
+            raise ValueError(f"DiffoRA: search={self.search} of {total} steps is none; train for longer, or raise it")
+        self.now = (step, last) if self._open else None
 
     @torch.no_grad()
     def after_backward(self) -> None:

@@ -16,7 +16,7 @@ class DoRA(WeightMap):
 
     ‖V‖ is the norm of each output row (`axis="out"`, m (out,)) or of each input channel
     (`axis="in"`, m (in,)); m starts at ‖W‖, A (rank, in, *kernel) kaiming-uniform, B (out, rank)
-    zero. The bias is not scaled.
+    zero. The bias is not scaled. Rows of W that are zero stay so.
 
     Liu et al. 2024, arXiv 2402.09353, code: github.com/NVlabs/DoRA (7e2f10a). The paper writes the
     norm over columns; its code and PEFT take rows. MapSAM (Xia et al. 2024, arXiv 2411.06971) takes
@@ -47,9 +47,11 @@ class DoRA(WeightMap):
             self.magnitude.copy_(_norm(layer.weight.to(self.up.dtype), self.axis))
 
     def refuse(self, layer: Site) -> str | None:
-        """Input channels of a grouped convolution have no common norm."""
+        """Input channels of a grouped convolution have no common norm, a weight of zeros has no direction."""
         if self.axis == "in" and layer.groups > 1:
             return "axis='in' has no meaning on a grouped convolution; use axis='out'"
+        if not layer.weight.is_meta and not bool(layer.weight.any()):
+            return "its weight is zero, which has no direction and could not learn; use LoRA there"
         return None
 
     @property
@@ -62,7 +64,7 @@ class DoRA(WeightMap):
         exact = torch.promote_types(weight.dtype, self.up.dtype)
         v = weight.to(exact) + self.scale * (self.up @ self.down.flatten(1)).view_as(weight)
         norm = _norm(v.detach() if self.detach_norm else v, self.axis)
-        gain = self.magnitude / norm
+        gain = self.magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         shape = (-1, *[1] * (weight.dim() - 1)) if self.axis == "out" else (1, -1, *[1] * (weight.dim() - 2))
         return (v * gain.view(shape)).to(weight.dtype)
 

@@ -15,7 +15,8 @@ from visadapt.maths.directions import missing
 class DualLoRA(FeatureMap):
     """y' = y + Σ_k≤t B_k A_k x + Σ_k≤t w_k(h) C_k Ψ_kᵀ x,  w_k(h) = ‖Ψ_kᵀ h‖² / ‖h‖², A_t M = 0.
 
-    The columns of Ψ_t are the main directions of a task's class tokens h that no earlier task has; C_t is trained on
+    The columns of Ψ_t are the main directions of a task's class tokens h (the first of a sample's tokens; the mean of
+    those of a map or window, which has none) that no earlier task has; C_t is trained on
     them alone, and acts on a sample as far as its class token lies in them. The orthogonal part B A is kept off M, the
     space of all earlier Ψ, after every step. Both are zero at start.
 
@@ -68,7 +69,7 @@ class DualLoRA(FeatureMap):
         self.basis[:, :count] = torch.linalg.qr(torch.randn(fan_in, count))[0].to(self.basis)
 
     def forward(self, x: Tensor, y: Tensor, layer: Site) -> Tensor:
-        """The output with both parts; the class token is the first of a sample, or the sample itself."""
+        """The output with both parts."""
         past, count = self.done * self.rank, self.up_residual.shape[1]
         down = torch.cat([self.past_down[:past], self.down])
         up = torch.cat([self.past_up[:, :past], self.up], 1)
@@ -76,12 +77,11 @@ class DualLoRA(FeatureMap):
         residual = torch.cat([self.past_residual[:, : self.done * count], self.up_residual], 1)
         found = x @ self.basis[:, : (self.done + 1) * count].to(x.dtype)
         with torch.no_grad():
-            token, z = (x, found) if x.dim() < 3 else (x.flatten(1, -2)[:, 0], found.flatten(1, -2)[:, 0])
+            token, z = (_token(tensor) for tensor in (x, found))
             exact = torch.promote_types(x.dtype, torch.float32)
             size = token.to(exact).square().sum(-1, keepdim=True).clamp_min(1e-12)
             weight = z.to(exact).square().unflatten(-1, (-1, count)).sum(-1) / size
-            weight = weight.repeat_interleave(count, -1).to(x.dtype)
-        weight = weight.view(len(weight), *[1] * (x.dim() - 2), -1)
+            weight = weight.repeat_interleave(count, -1).to(x.dtype).view(len(x), *[1] * (x.dim() - 2), -1)
         return y + layer.pointwise(found * weight, residual)
 
     @torch.no_grad()
@@ -104,9 +104,8 @@ class DualLoRA(FeatureMap):
         """Keep both parts, add Ψ to M, and start the next task's at zero."""
         if self.done + 1 >= self.tasks:
             raise ValueError(f"DualLoRA has room for tasks={self.tasks}; give it more")
-        r, count = self.rank, self.up_residual.shape[1]
-        self.past_down[self.done * r : (self.done + 1) * r] = self.down
-        self.past_up[:, self.done * r : (self.done + 1) * r] = self.up
+        rows, count = slice(self.done * self.rank, (self.done + 1) * self.rank), self.up_residual.shape[1]
+        self.past_down[rows], self.past_up[:, rows] = self.down, self.up
         columns = slice(self.done * count, (self.done + 1) * count)
         self.past_residual[:, columns] = self.up_residual
         self.memory += self.basis[:, columns] @ self.basis[:, columns].t()
@@ -114,3 +113,8 @@ class DualLoRA(FeatureMap):
         nn.init.kaiming_uniform_(self.down, a=5**0.5)
         for tensor in (self.up, self.up_residual):
             tensor.zero_()
+
+
+def _token(x: Tensor) -> Tensor:
+    """What stands for a sample (B, C): itself, its first token, or the mean of a map."""
+    return x if x.dim() < 3 else x[:, 0] if x.dim() == 3 else x.flatten(1, -2).mean(1)

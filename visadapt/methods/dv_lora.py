@@ -29,6 +29,7 @@ class DVLoRA(LowRank):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("inner", "outer")
+    takes_turns: ClassVar[bool] = True
 
     alpha: float | None = None
     warmup: int | None = 20000

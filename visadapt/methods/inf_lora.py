@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from visadapt.core.site import Site
 from visadapt.core.stack import TaskStack
-from visadapt.maths.directions import beside, missing
+from visadapt.maths.directions import NOISE, beside, missing
 
 
 class InfLoRA(TaskStack):
@@ -16,10 +16,13 @@ class InfLoRA(TaskStack):
     Before a task, A becomes the first `rank` eigenvectors of P H Hᵀ P (over √3, as in the released code), with H the
     task's inputs to the layer and P = I − M Mᵀ; only B trains. After it, M gains the fewest eigenvectors of P H Hᵀ P,
     with H as it is now, that make it hold a share of ‖H‖² (gradient projection memory). So an update does not change
-    what the layer does with inputs that M spans. Without a sequence that tells it inputs, A stays random.
+    what the layer does with inputs that M spans. Rows of A are zero where P H has no energy left. Without a sequence
+    that tells it inputs, A stays random.
 
     Liang & Li 2024 (CVPR), arXiv 2404.00228, code: github.com/liangyanshuo/InfLoRA. Its DualGPM stores M or its
-    complement, whichever is smaller; here it is always M Mᵀ.
+    complement, whichever is smaller; here it is always M Mᵀ. Its shares are of the sum of the squared eigenvalues of
+    H Hᵀ, here of the eigenvalues, which keeps more directions; before task t of T they have gone the part t / T of the
+    way from `first` to `last`, here t / (T − 1).
 
     Args:
         rank: inner dimension of each task's update.
@@ -51,8 +54,10 @@ class InfLoRA(TaskStack):
 
     def begin_task(self, gram: Tensor) -> None:
         """The directions of the task."""
-        _, vectors = torch.linalg.eigh(beside(gram, self.memory))
-        self.down.copy_(vectors.flip(1)[:, : self.rank].t() / 3**0.5)
+        values, vectors = (found.flip(-1)[..., : self.rank] for found in torch.linalg.eigh(beside(gram, self.memory)))
+        found = vectors * (values > NOISE * gram.trace())  # others are arbitrary, and may lie in the memory
+        self.down.zero_()
+        self.down[: found.shape[1]] = found.t() / 3**0.5
 
     def end_task(self, gram: Tensor) -> None:
         """Keep what the task uses free of later ones."""

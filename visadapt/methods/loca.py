@@ -34,6 +34,7 @@ class LoCA(Delta):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("places",)
+    takes_turns: ClassVar[bool] = True
 
     count: int = 1000
     alpha: float = 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,8 @@ class LoLDU(LowRank):
         rank: number of components, at most k.
         alpha: numerator of the scale; None means `rank`.
     """
+
+    exact_base: ClassVar[bool] = True
 
     rank: int = 768
     alpha: float | None = None

@@ -40,6 +40,12 @@ class LoRA(LowRank):
             self.down = down
         self.up: nn.Parameter = zeros(layer, layer.width, self.rank)
 
+    def refuse(self, layer: Site) -> str | None:
+        """Dropout without inputs."""
+        if self.view and self.dropout > 0:
+            return "dropout acts on inputs, which are not seen where a weight is read; use dropout=0"
+        return None
+
     @property
     def scale(self) -> float:
         """The factor s."""

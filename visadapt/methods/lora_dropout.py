@@ -17,10 +17,10 @@ class LoRADropout(LowRank):
     step from a generator of their own, so that all processes and a recomputation see the same; an entry of ΔW is zero
     with probability 2p − p². Between steps, in evaluation and in files there are no masks: the mean of them all.
 
-    Lin et al. 2024, arXiv 2404.09610; there is no official code. Differs from the paper: a step trains with one pair of
-    masks, not with the mean loss of four (accumulate gradients over smaller batches for the same cost and variance),
-    and what stays is divided by 1 − p as in any dropout, which the equations do not print (`rescale`). Its ensemble at
-    test time is `visadapt.callbacks.ensemble.Ensemble` (``--trainer.callbacks+=Ensemble``).
+    Lin et al. 2024, arXiv 2404.09610; there is no official code. Differs from the paper: a step trains with one pair
+    of masks, not with the mean loss of four, and what stays is divided by 1 − p as in any dropout, which the equations
+    do not print (`rescale`). Its ensemble at test time is `visadapt.callbacks.ensemble.Ensemble`
+    (``--trainer.callbacks+=Ensemble``).
 
     Args:
         rank: inner dimension.

@@ -37,6 +37,7 @@ class SALT(Delta):
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("scale", "shift")
+    exact_base: ClassVar[bool] = True
 
     rank: int = 8
     top: float = 0.1

@@ -37,6 +37,8 @@ def precondition(model: nn.Module, damping: float = 1e-6) -> int:
         if not isinstance(adapter, LowRank) or not trained or not trained.keys() <= {"up", "down"}:
             continue
         down, up = (t.detach().double() for t in adapter.factors())
+        if any(p.shape[name == "up"] != len(down) for name, p in trained.items()):
+            continue  # components of several tasks, or not all
         for name, gram in (("up", down.flatten(1) @ down.flatten(1).t()), ("down", up.t() @ up)):
             if name in trained and (gradient := trained[name].grad) is not None:
                 found.append((gradient, gram, name == "up"))

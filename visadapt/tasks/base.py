@@ -19,14 +19,14 @@ from visadapt.callbacks.exact_resume import ExactResume
 from visadapt.callbacks.last_checkpoint import LastCheckpoint
 from visadapt.callbacks.save_on_signal import SaveOnSignal
 from visadapt.core.adapter import Adapter
-from visadapt.core.model import Adaptation
+from visadapt.core.model import Adaptation, adapters
 from visadapt.core.state import base_identity
 from visadapt.core.train import parameter_groups, penalty
 from visadapt.optim.flat import flatten, sync_gradients
 from visadapt.optim.schedule import Schedule, total_steps
 from visadapt.tasks import checkpoint as ck
 from visadapt.tasks.hparams import UNKNOWN, plain
-from visadapt.tasks.sharding import shard
+from visadapt.tasks.sharding import allow_rest, shard
 from visadapt.tasks.start import Start
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class BaseTask(L.LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         if (metrics := self.metrics()) is not None:
             self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
+        if self._trainer is not None and any(adapter.takes_turns for adapter in adapters(model).values()):
+            allow_rest(self.trainer.strategy)
         if self._device_mesh is not None:
             shard(model, self._device_mesh["data_parallel"])
             # A folder of shards would have to hold the frozen base as well; the trained tensors fit in one file.

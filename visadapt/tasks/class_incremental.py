@@ -44,10 +44,10 @@ class ClassIncremental(BaseTask):
         adapters: Sets of adapters, applied in order.
         train: What trains besides the new head.
         head: A linear classifier, or the cosine of features and class vectors times a learned factor.
-        local: Cross-entropy among the classes of the task alone, so that the rows of the others stay as they are;
-            otherwise among all so far.
-        oracle: In evaluation, use for each sample the adapters of its own task and the classes of it: what could be
-            reached if the task were known.
+        local: Cross-entropy among the classes of the task alone, so that it leaves the rows of the others as they are
+            (weight decay does not); otherwise among all so far.
+        oracle: Train the adapters of each task alone, without those of earlier ones, and in evaluation use for each
+            sample those of its own task and the classes of it: what could be reached if the task were known.
         label_smoothing: Share of the target that is spread evenly over the classes.
         keep_tasks: Leave an adapter file of the model as it was after each task, ``after_task_1.safetensors`` and so
             on, beside the one of the end.
@@ -155,8 +155,15 @@ class ClassIncremental(BaseTask):
         return max(self.task, self.trainer.current_epoch // self.epochs_per_task)
 
     def setup(self, stage: str) -> None:
-        """New loaders in each epoch, validation after the last epoch of each task."""
+        """New loaders in each epoch, validation after the last epoch of each task.
+
+        Raises:
+            ValueError: Images of earlier tasks are replayed, and the loss knows the classes of the present one alone.
+        """
         if stage == "fit":
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            if self.local and getattr(data, "replay", False):
+                raise ValueError("model.local: replayed images have other classes than the task; set it to false")
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
             self.trainer.check_val_every_n_epoch = self.epochs_per_task
 
@@ -229,7 +236,9 @@ class ClassIncremental(BaseTask):
         classes = self.task_classes[self.task] if self.local else self.known
         known = torch.tensor(classes, device=target.device)
         place = torch.searchsorted(known, target)
-        loss = F.cross_entropy(self.model(images)[:, known], place, label_smoothing=self.label_smoothing)
+        with self._only(self.task if self.oracle else None):
+            scores = self.model(images)[:, known]
+        loss = F.cross_entropy(scores, place, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(target))
         return loss + penalty(self.model)
 
@@ -258,8 +267,8 @@ class ClassIncremental(BaseTask):
         return [a for a in adapters(self.model).values() if isinstance(a, TaskStack)]
 
     @contextmanager
-    def _only(self, task: int) -> Iterator[None]:
-        """The adapters of one task alone act."""
+    def _only(self, task: int | None) -> Iterator[None]:
+        """The adapters of one task alone act, or those of all."""
         stacks = self._stacks()
         for stack in stacks:
             stack.only = task

@@ -1,9 +1,10 @@
-"""FSDP2 for any backbone: one shard group per repeated block, one for the rest."""
+"""Several processes: FSDP2 for any backbone, one shard group per repeated block; DDP where tensors rest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -31,3 +32,9 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def allow_rest(strategy: Strategy) -> None:
+    """Let trained tensors have no gradient in some steps: DDP waits for each, unless it looks for those in use."""
+    if isinstance(strategy, DDPStrategy):
+        strategy._ddp_kwargs["find_unused_parameters"] = True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from visadapt.backbones.precision import trainable_in_fp32
@@ -30,6 +30,7 @@ from visadapt.tasks.base import DEFAULT_SCHEDULE
 from visadapt.tasks.diffusion import DiffusionTask, Drawn
 from visadapt.tasks.diffusion_options import ClipPreview, Noise, Paths, Robust
 from visadapt.tasks.measures import report
+from visadapt.tasks.sharding import allow_rest
 from visadapt.tasks.video_measures import ClipMeasures, ClipMeasuring
 from visadapt.tasks.video_passes import Pass, Sets, Step
 from visadapt.tasks.video_start import beginning
@@ -188,15 +189,13 @@ class TextToVideo(DiffusionTask):
 
     # --- training ----------------------------------------------------------------------
     def setup(self, stage: str) -> None:
-        """Sets rest in some steps, on some processes: DDP must not wait for their gradients, FSDP2 would for ever.
+        """Sets rest in some steps, on some processes, where FSDP2 would wait for ever.
 
         Raises:
             ValueError: The clips of a batch have sets of their own, and the model is sharded.
         """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy):
-            strategy._ddp_kwargs["find_unused_parameters"] = True
-        elif stage == "fit" and isinstance(strategy, ModelParallelStrategy) and self.clips > 1:
+        allow_rest(self.trainer.strategy)
+        if stage == "fit" and isinstance(self.trainer.strategy, ModelParallelStrategy) and self.clips > 1:
             raise ValueError("model.clips: a sharded model cannot train other sets on each process; use strategy: ddp")
 
     def on_train_start(self) -> None:
