@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _runs
+from visadapt.tasks.measures import key
 
 BASE = "base"
 JUDGE = " (judge)"
@@ -40,8 +42,28 @@ def after(facts: dict[str, Any], columns: Mapping[str, str], when: str = "after"
     }
 
 
-def table(found: Found, name: str, columns: Mapping[str, str], titles: Mapping[str, str]) -> str:
-    """Markdown: the base as its first run measured it, then a row per method (minutes: the least of the seeds)."""
+def tested(folder: Path, columns: Mapping[str, str]) -> dict[str, float]:
+    """Figures that ``visadapt test`` has left in a folder, by the heading of their column."""
+    known: dict[str, float] = {}
+    for name in columns.values():
+        with contextlib.suppress(IndexError):  # what the base has none of
+            known[name] = _runs.metric(folder, key(name))
+    return after({"figures": known}, columns)
+
+
+def table(
+    found: Found, name: str, columns: Mapping[str, str], titles: Mapping[str, str],
+    bases: Sequence[dict[str, float]] | None = None,
+) -> str:  # fmt: skip
+    """Markdown: the base, then a row per method (minutes: the least of the seeds).
+
+    Args:
+        found: Facts of the runs by row.
+        name: Heading of the table.
+        columns: Heading → figure of the report.
+        titles: Of the rows.
+        bases: Figures of the base for each seed; without them those of the first run before its first step.
+    """
     lines = [
         f"| {name} | {' | '.join(columns)} | trainable | file, KiB | minutes |",
         "|---" * (len(columns) + 4) + "|",
@@ -49,6 +71,8 @@ def table(found: Found, name: str, columns: Mapping[str, str], titles: Mapping[s
     first = next(iter(found.values()))[:1]
     for title, runs, when in [(BASE, first, "before"), *((titles[row], runs, "after") for row, runs in found.items())]:
         figures = [after(facts, columns, when) for facts in runs]
+        if when == "before" and bases:
+            figures = list(bases)
         cells = [
             _runs.spread([one[heading] for one in figures if heading in one], 1 if heading.endswith("%") else 3)
             for heading in columns

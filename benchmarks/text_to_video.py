@@ -1,14 +1,15 @@
 """Compare ways to learn a motion: configs/text_to_video/, several seeds, tables, animated and still pictures.
 
-    python -m benchmarks.text_to_video --jobs 2                           # what docs/results/text_to_video holds
+    python -m benchmarks.text_to_video --jobs 2 --tasks orbit_one_clip orbit_clips  # docs/results/text_to_video
     python -m benchmarks.text_to_video --jobs 2 --rates 0.0003,0.001,0.003 # figures per learning rate, on other clips
     python -m benchmarks.text_to_video --mixed STYLE_RUN/adapter.safetensors # an appearance and a motion at strengths
 
 Every row is a run of ``visadapt fit`` with a configuration of its own on top of the task's, so that anyone can repeat
 a single one; the seed draws the clips, the start, times and noise. Runs that are there are not made again. The figures
 are those of the run's report (docs/text_to_video.md): clips of prompts and seeds that are the same for all rows, which
-ask for the motion with other shapes, colours and backgrounds. The row "base" is what a run of the first seed measured
-before its first step. Rates are compared on the clips of a seed that the table does not have.
+ask for the motion with other shapes, colours and backgrounds. The row "base" is what ``visadapt test`` measures of the
+first row before any step, for each seed: the clips that it is compared with differ. Rates are compared on the clips of
+a seed that the table does not have.
 """
 
 from __future__ import annotations
@@ -55,14 +56,21 @@ MIXED = "a red star orbiting on bricks in sks style"
 def command(task: str, row: str, seed: int, folder: Path, rate: float | None = None) -> list[str]:
     """Command line of one run; a ``rate`` replaces the configuration's."""
     configs = [CONFIGS / f"{task}.yaml", CONFIGS / "rows" / f"{row}.yaml"]
-    known = ["--model.measures.base=false"] if seed or rate else []  # it is the same for every seed
-    return [*_runs.command("fit", configs, seed, folder, rate), f"--model.seed={seed}", *known]
+    return [*_runs.command("fit", configs, seed, folder, rate), f"--model.seed={seed}", "--model.measures.base=false"]
 
 
 def run(task: str, row: str, seed: int, out: Path, jobs: int) -> dict[str, Any]:
     """Facts of one run, which is made unless it is there."""
     folder = out / task / row / str(seed)
     return _figures.run(command(task, row, seed, folder), folder, jobs)
+
+
+def base(task: str, seed: int, out: Path, jobs: int) -> dict[str, float]:
+    """Figures of the base beside the clips of a seed: adapters that have not trained leave it as it is."""
+    folder = out / task / "base" / str(seed)
+    fit = command(task, next(iter(ROWS)), seed, folder)
+    _runs.make([part if part != "fit" else "test" for part in fit], folder / "metrics.csv", jobs)
+    return _figures.tested(folder, COLUMNS[task])
 
 
 def search(task: str, rows: list[str], rates: list[float], out: Path, jobs: int) -> str:
@@ -186,7 +194,12 @@ def main() -> None:
     results = _runs.each(run, options.jobs, [(*job, options.runs, options.jobs) for job in wanted])
     found = _figures.grouped(wanted, results)
     _figures.write_csv(options.out.with_suffix(".csv"), wanted, results)
-    text = "\n\n".join(_figures.table(found[task], task, COLUMNS[task], ROWS) for task in options.tasks)
+    seeds = [(task, seed, options.runs, options.jobs) for task in options.tasks for seed in range(options.seeds)]
+    bases = dict(zip(seeds, _runs.each(base, options.jobs, seeds), strict=True))
+    text = "\n\n".join(
+        _figures.table(found[task], task, COLUMNS[task], ROWS, [one for job, one in bases.items() if job[0] == task])
+        for task in options.tasks
+    )
     _runs.write_page(options.out.with_suffix(".md"), "A motion from one clip, and from eight", text)
     for task in options.tasks:
         picture(task, options.rows, options.runs, options.images / f"text_to_video_{task}.png")

@@ -29,7 +29,26 @@ def test_a_command_line_stacks_the_row_on_the_task():
         "--model.seed=1",
         "--model.measures.base=false",
     ]
-    assert not any("measures" in part for part in text_to_video.command("orbit_one_clip", "dual", 0, Path("out")))
+
+
+def test_the_base_is_measured_beside_the_clips_of_each_seed(tmp_path, monkeypatch):
+    lines = []
+
+    def make(line, done, jobs):
+        lines.append(line)
+        done.parent.mkdir(parents=True)
+        done.write_text("measures/motion_correlation,measures/share_of_frames_with_the_right_shape\n-0.25,0.5\n")
+
+    monkeypatch.setattr(text_to_video._runs, "make", make)
+    found = [text_to_video.base("orbit_one_clip", seed, tmp_path, 1) for seed in range(2)]
+    assert found == [{"motion correlation": -0.25, "right shape %": 50.0}] * 2
+    assert [line[3] for line in lines] == ["test", "test"]
+    assert [line[6:8] for line in lines] == [[f"--seed_everything={s}", f"--data.seed={s}"] for s in range(2)]
+    runs = [{"figures": {}, "trainable": 5, "adapter_bytes": 1024, "minutes": 3.0}]
+    columns = text_to_video.COLUMNS["orbit_one_clip"]
+    found[1]["right shape %"] = 60.0
+    text = _figures.table({"dual": runs}, "orbit_one_clip", columns, text_to_video.ROWS, found).splitlines()
+    assert "| 55.0 ± 7.1 |" in text[2]
 
 
 def test_the_table_tells_leakage_of_one_clip_only():

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import visadapt as va
+from visadapt.cli.errors import UserError
 from visadapt.cli.inspect import describe
 from visadapt.cli.main import main
 from visadapt.methods import METHODS
@@ -203,3 +204,29 @@ def test_the_metadata_is_plain_json(adapter, here):
 
     with safe_open("adapter.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["visadapt"])["sets"][0]["hparams"]["rank"] == 3
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"__metadata__": {"visadapt": "no JSON"}},
+        {"__metadata__": {"visadapt": "{}"}},
+        {"__metadata__": {"visadapt": "[1]"}},
+    ],
+    ids=["a list", "no offsets", "no JSON", "no sets", "a list of sets"],
+)
+def test_inspect_tells_of_a_broken_file(tmp_path, header):
+    said = json.dumps(header).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(said).to_bytes(8, "little") + said)
+    with pytest.raises(UserError, match=r"a\.safetensors"):
+        describe(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "1"])
+def test_inspect_tells_of_a_broken_peft_folder(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="broken"):
+        describe(tmp_path)

@@ -83,8 +83,15 @@ def describe(path: Path) -> Description:
     """Recognise a file or folder.
 
     Raises:
-        UserError: it is none that visadapt knows.
+        UserError: it is none that visadapt knows, or what it says of itself is broken.
     """
+    try:
+        return _describe(path)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(str(path), "what it says of itself is broken", f"{type(error).__name__}: {error}") from error
+
+
+def _describe(path: Path) -> Description:
     if path.is_dir() and (path / DIFFUSERS).is_file():
         return describe(path / DIFFUSERS)
     if path.is_dir():
