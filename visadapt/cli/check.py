@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -79,20 +79,34 @@ def grid(cells: Sequence[Cell], rows: str) -> tuple[list[str], dict[str, list[tu
 
 
 def print_table(cells: Sequence[Cell], rows: str) -> None:
-    """One table on the terminal: layers or properties by methods."""
+    """Layers or properties by methods, as many tables as the terminal's width asks for."""
     from rich.console import Console
     from rich.table import Table
 
     methods, found = grid(cells, rows)
-    table = Table()
-    table.add_column("layer" if rows == "host" else "property")
-    for method in methods:
-        table.add_column(method, justify="center")
-    for row, marks in found.items():
-        table.add_row(row, *(f"[{COLOURS[status]}]{mark}[/]" for status, mark in marks))
     console = Console()
     console.print(LEGEND, style="dim")
-    console.print(table)
+    marks = zip(*found.values(), strict=True)  # by method
+    widths = [max(len(name), *(len(mark) for _, mark in seen)) + 3 for name, seen in zip(methods, marks, strict=True)]
+    for part in parts(widths, console.width - max(map(len, found)) - 4):
+        table = Table()
+        table.add_column("layer" if rows == "host" else "property", no_wrap=True)
+        for method in methods[part]:
+            table.add_column(method, justify="center", no_wrap=True)
+        for row, cells_of_row in found.items():
+            table.add_row(row, *(f"[{COLOURS[status]}]{mark}[/]" for status, mark in cells_of_row[part]))
+        console.print(table)
+
+
+def parts(widths: Sequence[int], room: int) -> Iterator[slice]:
+    """Neighbours that fit side by side in ``room``; one at least each time."""
+    start = used = 0
+    for place, width in enumerate(widths):
+        if used + width > room and place > start:
+            yield slice(start, place)
+            start, used = place, 0
+        used += width
+    yield slice(start, len(widths))
 
 
 def print_markdown(cells: Sequence[Cell], rows: str) -> None:
