@@ -1,5 +1,7 @@
 """The grid on the terminal: tables that fit, and the same methods in all of them."""
 
+from itertools import pairwise
+
 import pytest
 
 from visadapt.cli.check import parts
@@ -12,7 +14,7 @@ def test_tables_take_as_many_methods_as_fit(room, expected):
     assert [part.stop - part.start for part in found] == expected
     assert found[0].start == 0
     assert found[-1].stop == 4
-    assert all(a.stop == b.start for a, b in zip(found, found[1:]))
+    assert all(a.stop == b.start for a, b in pairwise(found))
 
 
 def test_names_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
