@@ -130,12 +130,19 @@ class Clicked:
 
     Args:
         adapter: Adapter file on a SAM; None is the shipped base.
+
+    Raises:
+        UserError: segment_anything is not installed, or the file belongs to another network.
     """
 
     names = ("background", "object")
 
     def __init__(self, adapter: Path | None = None) -> None:
-        from segment_anything import SamPredictor
+        try:
+            from segment_anything import SamPredictor
+        except ImportError:
+            hint = "pip install -e '.[apps,sam]'"
+            raise UserError("segment_anything", "this app needs the package segment-anything", hint) from None
 
         from visadapt.backbones.sam import SAM
         from visadapt.backbones.sam_export import load_adapter

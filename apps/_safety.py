@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from apps import _endings
 from visadapt.cli.errors import UserError
 
 MOST_BYTES = 64 * 2**20  # of one upload; the server refuses more before it is stored
@@ -43,40 +44,34 @@ def picture(path: str | Path) -> Path:
     path = _there(path)
     try:
         with Image.open(path, formats=list(_FORMATS)) as file:
-            kind, (width, height) = str(file.format), file.size
+            kind, mode, (width, height) = str(file.format), file.mode, file.size
     except Image.DecompressionBombError:
         raise _too_large(path, "more than 179 million pixels") from None
     except (OSError, ValueError, SyntaxError):
-        raise UserError(path.name, "this is no picture", f"pictures are {', '.join(_FORMATS)}") from None
+        known = f"pictures are {', '.join(_FORMATS)}, with 8 or 16 bits a channel"
+        raise UserError(path.name, "this is no picture, or one of a kind that apps do not take", known) from None
+    kind = "JPEG" if kind == "MPO" else kind  # Pillow's name of a phone's JPEG that has others behind it
     if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
         raise _too_large(path, f"{width:,} × {height:,} pixels")
     if path.suffix.lower().removeprefix(".") not in _FORMATS[kind].split():
         raise UserError(path.name, f"its name ends in '{path.suffix}', but it is a {kind}", "give it the right ending")
-    if zipfile.is_zipfile(path) or _goes_on(path, kind):
+    if mode == "F":
+        raise UserError(path.name, "its pixels are floats, which have no agreed range", "save it with 8 or 16 bits")
+    more = _endings.goes_on(path.read_bytes(), kind)
+    if zipfile.is_zipfile(path) or more:
         raise UserError(path.name, f"after the {kind} picture the file goes on with something else", "save it anew")
     try:
         read_rgb(path)
     except UnreadableImage:
-        raise UserError(path.name, f"this {kind} picture is cut off or damaged", "upload it again") from None
+        more = None
+    if more is None:
+        raise UserError(path.name, f"this {kind} picture is cut off or damaged", "upload it again")
     return path
 
 
 def _too_large(path: Path, size: str) -> UserError:
     most = f"this app takes {MOST_SIDE:,} pixels a side and {MOST_PIXELS // 10**6} million in all"
     return UserError(path.name, f"{size} are too many: {most}", "make it smaller; `visadapt predict` takes any size")
-
-
-def _goes_on(path: Path, kind: str) -> bool:
-    """Whether bytes follow the end of a picture, for formats that mark it."""
-    content = path.read_bytes()
-    if kind == "WEBP":
-        size = int.from_bytes(content[4:8], "little")
-        return len(content) > 8 + size + size % 2
-    if kind == "PNG":
-        return not content.endswith(b"IEND\xaeB`\x82") and b"IEND\xaeB`\x82" in content
-    ends = {"JPEG": b"\xff\xd9", "GIF": b"\x3b"}
-    # A file that is cut off has no end mark at its end either: read_rgb tells of that one.
-    return kind == "JPEG" and ends[kind] in content and not content.rstrip(b"\0").endswith(ends[kind])
 
 
 # --- adapters ---------------------------------------------------------------------------
@@ -201,6 +196,8 @@ def discard(paths: Sequence[str | Path], below: Path) -> None:
 
 
 _guard = {"hooked": False, "on": False}
+_ASKED = ("getaddrinfo", "gethostbyname", "gethostbyaddr")  # events about a host alone
+_SENT = {"connect": 1, "sendto": 1, "sendmsg": 1, "getnameinfo": 0}  # and those with an address, and which detail it is
 
 
 def stay_on_this_machine(on: bool = True) -> None:
@@ -218,13 +215,14 @@ def stay_on_this_machine(on: bool = True) -> None:
 
 
 def _refuse_others(event: str, details: tuple[Any, ...]) -> None:
-    if not _guard["on"] or event not in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+    module, _, name = event.partition(".")
+    if not _guard["on"] or module != "socket" or name not in (*_ASKED, *_SENT):
         return
-    address = details[0] if event == "socket.getaddrinfo" else details[1]
-    host = address[0] if isinstance(address, tuple) else address  # a socket of the file system has a path
-    if isinstance(address, tuple) or event == "socket.getaddrinfo":
-        if not is_local(host):
-            raise PermissionError("apps make no request to other machines")
+    address = details[_SENT.get(name, 0)]
+    if name in _SENT and not isinstance(address, tuple):
+        return  # a socket of the file system has a path, one that is connected no address
+    if not is_local(address[0] if name in _SENT else address):
+        raise PermissionError("apps make no request to other machines")
 
 
 def is_local(host: Any) -> bool:

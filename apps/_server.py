@@ -52,6 +52,13 @@ def workplace() -> Path:
     return Path(tempfile.mkdtemp(dir=root))
 
 
+def examples() -> Path:
+    """A new folder for what an app offers from its start on; it stays until the app stops."""
+    root = temporary() / "examples"
+    root.mkdir(exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=root))
+
+
 def told(handler: Callable[..., Any], uploads: Callable[..., Sequence[str]] = lambda *given: ()) -> Callable[..., Any]:
     """The handler with mistakes of the user as Gradio's message, whose uploads are deleted.
 
@@ -68,7 +75,9 @@ def told(handler: Callable[..., Any], uploads: Callable[..., Sequence[str]] = la
         except Exception as error:
             if not isinstance(error, UserError) and purposeful(error) is None:
                 raise
-            _safety.discard(uploads(*args), temporary())
+            offered = (temporary() / "examples").resolve()  # a visitor's mistake must not take these from the others
+            given = [path for path in uploads(*args) if not Path(path).resolve().is_relative_to(offered)]
+            _safety.discard(given, temporary())
             raise gr.Error(message(error), duration=None, print_exception=False) from None
         finally:  # gr.File leaves an empty file behind for each request
             for path in temporary().iterdir():

@@ -188,10 +188,19 @@ def _header(path: Path) -> tuple[dict[str, str], list[str]]:
     return read_keys(path) if path.is_file() else ({}, [])
 
 
+def _changed(path: Path) -> list[str]:
+    """Tensors of the base that a file holds; new words are none of them."""
+    return [key for key in _header(path)[1] if key.startswith("trained.") and not key.endswith(".new_tokens")]
+
+
+def comparable(adapters: Sequence[Path]) -> list[Path]:
+    """Those of the adapters beside which the base can be shown, for files that no one has named."""
+    return [path for path in adapters if not _changed(path)]
+
+
 def _check(path: Path) -> None:
     """Raise where a file would change the base, beside which nothing could be shown then."""
-    changed = [key for key in _header(path)[1] if key.startswith("trained.") and not key.endswith(".new_tokens")]
-    if changed:
+    if changed := _changed(path):
         raise UserError(
             path.name,
             f"it changes the base itself ({len(changed)} tensors), so there is no base to compare with",

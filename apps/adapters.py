@@ -37,7 +37,7 @@ def looked_at(uploads: Sequence[str] | None, folder: Path) -> Description:
         found = describe(path)
     except UserError as error:
         raise UserError(Path(uploads[0]).name, error.what, error.hint) from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except RecursionError:  # lists in lists in lists
         raise UserError(Path(uploads[0]).name, "its description is broken: no tool of ours wrote it so") from None
     if not found.tensors:
         raise UserError(Path(uploads[0]).name, "there is no tensor in it")
@@ -152,19 +152,20 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
                 note = gr.Markdown(elem_id="note")
                 result = gr.File(label="Download", interactive=False, elem_id="result")
         _wire(gr, upload, go, change, [format, base, rank], table, image, note, result)
+        upload.keep_in_cache.update(map(str, samples))  # else Gradio deletes it an hour after it was taken
         if samples:
             sample.click(lambda: [str(path) for path in samples], None, upload, api_visibility="private")
     return blocks
 
 
 def _samples(adapters: Sequence[Path]) -> list[Path]:
-    """A copy of the first adapter where uploads live; empty without one."""
+    """A copy of the first adapter where Gradio may serve it; empty without one."""
     if not adapters:
         return []
     if adapters[0].is_dir():
-        to = Path(shutil.make_archive(str(_server.workplace() / adapters[0].name), "zip", adapters[0]))
+        to = Path(shutil.make_archive(str(_server.examples() / adapters[0].name), "zip", adapters[0]))
     else:
-        to = _server.workplace() / adapters[0].name
+        to = _server.examples() / adapters[0].name
         shutil.copyfile(adapters[0], to)
     return [to]
 

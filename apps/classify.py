@@ -84,7 +84,7 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
     gr = _server.gradio()
     files = _runs.given(adapters) or _runs.newest(TASKS)[:1]
     classifier = Classifier(files)
-    drawn = examples(_server.workplace(), classifier)
+    drawn = examples(_server.examples(), classifier)
     with gr.Blocks(title="visadapt classify", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown(f"# Classify\n{_about(classifier, files)}")
         with gr.Row():

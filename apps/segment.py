@@ -13,6 +13,10 @@ from visadapt.data.sheets import open_windows
 
 AUTOMATIC, PROMPTED = ("AutomaticSegmentation", "SemanticSegmentation"), ("PromptedSegmentation",)
 MODES = ("object", "background", "box")
+COORDINATES = {
+    "points": (3, "rows of x, y and 1 (object) or 0 (background)"),
+    "box": (4, "left, top, right and bottom, in pixels"),
+}  # what programs send -> numbers in a row, and their meaning
 
 
 # --- handlers ---------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def build(adapters: Sequence[str | Path] = ()) -> Any:
             raise UserError(str(path), f"this belongs to a {_runs.task_name(path)}, not to a segmentation")
     automatic = [p for p in files if _runs.task_name(p) in AUTOMATIC] or _runs.newest(AUTOMATIC) * (not files)
     prompted = [p for p in files if p not in automatic] or _runs.newest(PROMPTED) * (not files)
-    sheets = examples(_server.workplace())
+    sheets = examples(_server.examples())
     with gr.Blocks(title="visadapt segment", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gr.Markdown("# Segment")
         if automatic:
@@ -185,7 +189,7 @@ def _clicked_tab(gr: Any, model: Clicked, sheets: Sequence[Path]) -> None:
     def by_points(upload: str | None, points: Any, box: Any, opacity: float) -> Any:
         """Segment by clicks [[x, y, 1 or 0], …] and a box [left, top, right, bottom] or null."""
         made = opened(upload)
-        made["points"], made["corners"] = _numbers(points, 3), [tuple(box[:2]), tuple(box[2:])] if box else []
+        made |= _coordinates(points, box)
         found = cut_out(model, made, _server.workplace())
         return found.blended(opacity), [str(path) for path in found.files]
 
@@ -201,16 +205,27 @@ def _clicked_tab(gr: Any, model: Clicked, sheets: Sequence[Path]) -> None:
     _choose(gr, gallery, sheets, upload)
 
 
-def _numbers(points: Any, width: int) -> list[Any]:
-    """Rows of ``width`` whole numbers.
+def _coordinates(points: Any, box: Any) -> dict[str, Any]:
+    """Clicks and corners of what a program has sent, as the state of a picture has them."""
+    corners = [corner for a, b, c, d in _numbers([box] if box else [], "box") for corner in ((a, b), (c, d))]
+    return {"points": _numbers(points or [], "points"), "corners": corners}
+
+
+def _numbers(rows: Any, name: str) -> list[Any]:
+    """Rows of whole numbers that a program has sent.
+
+    Args:
+        rows: What it has sent.
+        name: One of `COORDINATES`.
 
     Raises:
         UserError: they are something else.
     """
+    width, wanted = COORDINATES[name]
     try:
-        array = np.asarray(points or [], dtype=np.int64).reshape(-1, width)
-    except (TypeError, ValueError):
-        raise UserError("points", "these should be rows of x, y and 1 (object) or 0 (background)") from None
+        array = np.asarray(rows, dtype=np.int64).reshape(len(rows), width)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(name, f"this should be {wanted}") from None
     return [tuple(row) for row in array.tolist()]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apps import _prompting, _runs, _server
 from apps._prompting import Wish
-from apps._studio import Studio
+from apps._studio import Studio, comparable
 from visadapt.backbones.sd_render import render
 from visadapt.report import tiles
 from visadapt.report.described import save_png
@@ -61,6 +61,19 @@ def painted(studio: Studio, wish: Wish, folder: Path, size: Any = None) -> tuple
     return str(sheet), files, "" if wish.adapted else "No adapter acts, so this is the base alone."
 
 
+def chosen(adapters: Sequence[Path], base: str | None) -> tuple[Any, list[Path], list[Path]]:
+    """Recipe of the base, the adapters to load, and those whose sliders start at 0.
+
+    Without files: the newest that runs have left on one base; runs that trained the base itself are passed over.
+    """
+    if adapters:
+        return _runs.diffusion(adapters, base), list(adapters), []
+    newest = comparable(_runs.newest(TASKS))
+    recipe = _runs.diffusion(newest, base)
+    found = [path for path in newest if _runs.base_name(path) == recipe.name][:OFFERED]
+    return recipe, found, found[1:]
+
+
 def build(adapters: Sequence[str | Path] = (), base: str | None = None) -> Any:
     """The page.
 
@@ -69,12 +82,7 @@ def build(adapters: Sequence[str | Path] = (), base: str | None = None) -> Any:
         base: A Stable Diffusion to put them on; None is that of the first adapter's run, or the shipped one.
     """
     gr = _server.gradio()
-    files = _runs.given(adapters)
-    recipe = _runs.diffusion(files or _runs.newest(TASKS), base)
-    resting: list[Path] = []
-    if not files:
-        files = [path for path in _runs.newest(TASKS) if _runs.base_name(path) == recipe.name][:OFFERED]
-        resting = files[1:]
+    recipe, files, resting = chosen(_runs.given(adapters), base)
     studio = Studio(recipe, files, resting)
     preview = _runs.options(files[0]).get("preview") or {} if files else {}
     settings = {"prompts": PROMPTS if recipe.name == "tiny_sd" else [], **preview}

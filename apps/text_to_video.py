@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apps import _prompting, _runs, _server
 from apps._prompting import Wish
-from apps._studio import Studio
+from apps._studio import Studio, comparable
 from visadapt.backbones.video_render import render
 from visadapt.report import tiles
 from visadapt.report.animation import save_gif, save_webp
@@ -80,14 +80,14 @@ def chosen(adapters: Sequence[Path], base: str | None) -> tuple[Any, list[Path],
     """Recipe of the base, the adapters to load, and those whose sliders start at 0.
 
     Without files: the newest motion that a run has left; on the shipped base the newest appearance of text-to-image,
-    too, as both have one Stable Diffusion.
+    too, as both have one Stable Diffusion. Runs that trained the base itself are passed over.
     """
     if adapters:
         return _runs.video(adapters, base), list(adapters), []
-    motions = _runs.newest(TASKS)
+    motions = comparable(_runs.newest(TASKS))
     recipe = _runs.video(motions, base)
     found = [path for path in motions if _runs.base_name(path) == recipe.name][:1]
-    looks = [path for path in _runs.newest(APPEARANCES) if _runs.base_name(path) == "tiny_sd"][:1]
+    looks = [path for path in comparable(_runs.newest(APPEARANCES)) if _runs.base_name(path) == "tiny_sd"][:1]
     looks = looks if recipe.name == "tiny_video" else []
     return recipe, found + looks, looks
 

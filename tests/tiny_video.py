@@ -69,7 +69,7 @@ def _t5(kind: str) -> tuple[Any, Any]:
     return shake(network(config(**size, feed_forward_proj="gated-gelu")), 4), tokenizer
 
 
-def _latte(folder: Path, **scheduler: Any) -> None:
+def _latte(folder: Path, video_length: int = FRAMES, **scheduler: Any) -> None:
     from diffusers import LattePipeline, LatteTransformer3DModel, StableDiffusionPipeline
 
     parts = StableDiffusionPipeline.from_pretrained(tiny_pipeline(folder, "sd", **scheduler)).components
@@ -93,7 +93,7 @@ def _latte(folder: Path, **scheduler: Any) -> None:
             norm_type="ada_norm_single",
             norm_elementwise_affine=False,
             norm_eps=1e-6,
-            video_length=FRAMES,
+            video_length=video_length,
         )
     LattePipeline(
         tokenizer=tokenizer,
@@ -143,8 +143,13 @@ _FAMILIES = {"animatediff": _animatediff, "unet3d": _unet3d, "latte": _latte, "w
 
 
 @cache
-def video_base(family: str = "animatediff", **scheduler: Any) -> str:
-    """Folder of a random pipeline of a family, made once in a process: clips of 32x32, latents of 8x8."""
+def video_base(family: str = "animatediff", **options: Any) -> str:
+    """Folder of a random pipeline of a family, made once in a process: clips of 32x32, latents of 8x8.
+
+    Args:
+        family: Its name.
+        options: Of the scheduler; for "latte" also ``video_length``.
+    """
     folder = Path(mkdtemp(prefix=f"tiny_{family}_"))
-    _FAMILIES[family](folder, **scheduler)
+    _FAMILIES[family](folder, **options)
     return str(folder)

@@ -41,12 +41,13 @@ def test_what_is_no_adapter_is_told_in_one_message(tmp_path):
 
     with pytest.raises(UserError, match="there is no file yet"):
         adapters.looked_at([], tmp_path)
-    header = json.dumps(
-        {"__metadata__": {"visadapt": "[1"}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    )
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
-    with pytest.raises(UserError, match="its description is broken"):
-        adapters.looked_at([str(tmp_path / "a.safetensors")], tmp_path)
+    for plan, told in (("[1", "what it says of itself is broken"), ("[" * 100_000, "its description is broken")):
+        tensors = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+        header = json.dumps({"__metadata__": {"visadapt": plan}, **tensors})
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+        with pytest.raises(UserError, match=told) as caught:
+            adapters.looked_at([str(tmp_path / "a.safetensors")], tmp_path)
+        assert caught.value.where == "a.safetensors"
     (tmp_path / "b.safetensors").write_bytes(save({}))
     with pytest.raises(UserError, match="no tensor"):
         adapters.looked_at([str(tmp_path / "b.safetensors")], tmp_path)

@@ -1,5 +1,6 @@
 """Uploads that are not what they claim: one message that names the file, and no request to other machines."""
 
+import io
 import pickle
 import socket
 import struct
@@ -79,6 +80,99 @@ def test_other_pictures_are_refused_by_name(tmp_path, kind, message):
 def test_jpeg_too(tmp_path, kind):
     with pytest.raises(UserError, match="cut off|goes on"):
         _safety.picture(damaged(kind, tmp_path / "a.jpg"))
+
+
+def jpegs(*pictures):
+    """JPEGs one behind the other, as phones and `MPO` files have them."""
+    with_segments = io.BytesIO()
+    pictures[0].save(with_segments, "MPO", save_all=True, append_images=pictures[1:])
+    return with_segments.getvalue()
+
+
+ENDS = {"png": b"IEND\xaeB`\x82", "jpg": b"\xff\xd9", "gif": b";", "bmp": b"", "webp": b""}
+
+
+@pytest.mark.parametrize("suffix", ENDS)
+@pytest.mark.parametrize("disguised", [False, True], ids=["plain", "with an end mark of its own"])
+def test_what_follows_a_picture_is_found(tmp_path, suffix, disguised):
+    path = image(tmp_path / f"a.{suffix}")
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"<script>alert(1)</script>" + ENDS[suffix] * disguised)
+    with pytest.raises(UserError, match="goes on with something else"):
+        _safety.picture(path)
+    path.write_bytes(whole + bytes(40))
+    assert _safety.picture(path) == path, "zeros are padding"
+
+
+def test_a_payload_does_not_hide_in_the_place_of_the_last_block(tmp_path):
+    path = image(tmp_path / "a.gif")
+    path.write_bytes(path.read_bytes().removesuffix(b";") + b"<?php echo 1;?>;")
+    with pytest.raises(UserError, match="goes on with something else"):
+        _safety.picture(path)
+    path = image(tmp_path / "a.bmp")
+    whole = path.read_bytes() + b"<script></script>"
+    path.write_bytes(whole[:2] + struct.pack("<I", len(whole)) + whole[6:])  # its header counts the payload in
+    with pytest.raises(UserError, match="goes on with something else"):
+        _safety.picture(path)
+
+
+@pytest.mark.parametrize("suffix", ENDS)
+def test_a_picture_without_its_end_is_cut_off(tmp_path, suffix):
+    path = image(tmp_path / f"a.{suffix}")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cut off or damaged|this is no picture"):  # a WebP without it is no WebP
+        _safety.picture(path)
+
+
+def test_all_that_pillow_writes_has_its_end_where_it_is_sought(tmp_path):
+    grey, palette, red = PIXELS.convert("L"), PIXELS.quantize(7), PIXELS.transpose(Image.Transpose.ROTATE_90)
+    made = {
+        "progressive.jpg": (PIXELS, {"progressive": True, "comment": b"\xff\xd9;", "dpi": (72, 72)}),
+        "restarts.jpg": (PIXELS, {"restart_marker_blocks": 1, "quality": 100}),
+        "grey.jpg": (grey, {}),
+        "grey.bmp": (grey, {}), "palette.bmp": (palette, {}), "one_bit.bmp": (PIXELS.convert("1"), {}),
+        "alpha.bmp": (PIXELS.convert("RGBA"), {}),
+        "moving.gif": (PIXELS, {"save_all": True, "append_images": [grey, PIXELS], "loop": 0, "comment": b";"}),
+        "palette.gif": (palette, {}),
+        "moving.png": (PIXELS, {"save_all": True, "append_images": [grey.convert("RGB")]}),
+        "palette.png": (palette, {}),
+        "moving.webp": (PIXELS, {"save_all": True, "append_images": [red.resize(PIXELS.size)]}),
+        "lossless.webp": (PIXELS, {"lossless": True}),
+    }  # fmt: skip
+    for name, (picture, options) in made.items():
+        picture.save(tmp_path / name, **options)
+        assert _safety.picture(tmp_path / name).name == name
+
+
+def test_the_jpeg_of_a_phone_may_have_others_behind_it(tmp_path):
+    path = tmp_path / "a.jpg"
+    both = jpegs(PIXELS, PIXELS.convert("L"))
+    path.write_bytes(both)
+    with Image.open(path) as file:
+        assert file.format == "MPO"
+    assert _safety.picture(path) == path
+    for more in (b"<script>", b"\xff\xd8<script>\xff\xd9"):
+        path.write_bytes(both + more)
+        with pytest.raises(UserError, match="after the JPEG picture the file goes on"):
+            _safety.picture(path)
+    path.write_bytes(both)
+    with pytest.raises(UserError, match="ends in '.png', but it is a JPEG"):
+        _safety.picture(path.rename(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("format", ["PPM", "TGA", "ICO", "PCX", "PDF", "DIB"])
+def test_formats_that_are_not_listed_are_refused_by_name(tmp_path, format):
+    with pytest.raises(UserError, match="this is no picture, or one of a kind that apps do not take") as caught:
+        _safety.picture(image(tmp_path / "a.png", format=format))
+    assert caught.value.where == "a.png"
+    assert "PNG, JPEG, WEBP, BMP, GIF, TIFF" in caught.value.hint
+
+
+def test_float_pixels_are_told_as_such(tmp_path):
+    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="its pixels are floats") as caught:
+        _safety.picture(tmp_path / "a.tif")
+    assert caught.value.hint == "save it with 8 or 16 bits"
 
 
 def test_another_format_than_the_name_says(tmp_path):
@@ -224,7 +318,22 @@ def test_no_request_leaves_the_machine():
             socket.create_connection(("192.0.2.1", 9), timeout=1)  # an address of no machine, RFC 5737
         with pytest.raises(PermissionError):
             socket.getaddrinfo("example.org", 80)
-        socket.create_connection(("localhost", server.getsockname()[1]), timeout=5).close()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            asked = (
+                lambda: socket.gethostbyname("example.org"),
+                lambda: socket.gethostbyname_ex("example.org"),
+                lambda: socket.gethostbyaddr("192.0.2.1"),
+                lambda: socket.getnameinfo(("192.0.2.1", 9), 0),
+                lambda: sender.sendto(b"a", ("192.0.2.1", 9)),
+                lambda: sender.sendmsg([b"a"], [], 0, ("192.0.2.1", 9)),
+            )
+            for ask in asked:
+                with pytest.raises(PermissionError, match="no request to other machines"):
+                    ask()
+            sender.sendmsg([b"a"], [], 0, server.getsockname())
+        assert socket.gethostbyname("127.0.0.1") == "127.0.0.1"
+        with socket.create_connection(("localhost", server.getsockname()[1]), timeout=5) as own:
+            assert own.sendmsg([b"a"]) == 1, "it is connected, so there is no address"
     finally:
         _safety.stay_on_this_machine(False)
         server.close()

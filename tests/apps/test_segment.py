@@ -136,9 +136,21 @@ def test_a_map_with_a_place_gives_masks_there(automatic, sheet, tmp_path):
 
 def test_examples_are_drawn_and_coordinates_checked(sheet):
     assert Image.open(sheet).size == (160, 160)
-    assert segment._numbers([[1, 2, 1]], 3) == [(1, 2, 1)]
-    assert segment._numbers(None, 3) == []
-    with pytest.raises(UserError, match="rows of x, y"):
-        segment._numbers([[1, 2]], 3)
-    with pytest.raises(UserError, match="rows of x, y"):
-        segment._numbers("/etc/passwd", 3)
+    assert segment._numbers([[1, 2, 1]], "points") == [(1, 2, 1)]
+    assert segment._numbers([], "points") == []
+    assert segment._coordinates(None, [1, 2, 3, 4]) == {"points": [], "corners": [(1, 2), (3, 4)]}
+    for wrong in ([[1, 2]], [1, 2, 3], [[10**30, 1, 1]], "/etc/passwd", {"x": 1}, 5):
+        with pytest.raises(UserError, match="rows of x, y"):
+            segment._numbers(wrong, "points")
+    for wrong in ([1, 2, 3], [1, 2, 3, 4] * 2, "box", {"x": 1}, 5):
+        with pytest.raises(UserError, match="left, top, right and bottom"):
+            segment._numbers([wrong], "box")
+
+
+def test_without_segment_anything_the_extra_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "segment_anything", None)
+    with pytest.raises(UserError, match="needs the package segment-anything") as caught:
+        _masks.Clicked()
+    assert caught.value.hint == "pip install -e '.[apps,sam]'"

@@ -1,9 +1,12 @@
 """The apps as programs meet them: gradio_client, raw requests, limits and a password."""
 
 import json
+import os
 import shutil
 import urllib.error
 import urllib.request
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -53,8 +56,13 @@ def test_segment_by_tiles_and_by_coordinates(client, tmp_path):
     assert "of the pixels" in told
     overlay, files = client("segment").predict(picture, [[10, 10, 1]], None, 0.6, api_name="/coordinates")
     assert files[0].endswith("a_mask.png")
+    overlay, files = client("segment").predict(picture, None, [2, 2, 20, 20], 0.6, api_name="/coordinates")
+    assert files[0].endswith("a_mask.png")
     with pytest.raises(AppError, match="no click yet"):
         client("segment").predict(picture, None, None, 0.6, api_name="/coordinates")
+    for box in ([1, 2, 3], [1, 2, 3, 4] * 2, "box"):
+        with pytest.raises(AppError, match="box: this should be left, top, right and bottom"):
+            client("segment").predict(picture, None, box, 0.6, api_name="/coordinates")
 
 
 def test_adapters_tells_and_converts(client, digits_adapter, tmp_path):
@@ -186,3 +194,41 @@ def test_a_handler_that_fails_for_another_reason_is_not_explained_away(tmp_path)
     with pytest.raises(gradio.Error, match="a.png: this is no picture. Pictures are pictures."):
         _server.told(refused, _server.one)(str(upload))
     assert not upload.parent.exists()
+
+
+def offered(blocks) -> list[str]:
+    """The files that a page offers from its start on, and that a visitor has taken once."""
+    components = list(blocks.blocks.values())
+    found = [path for one in components for path in one.keep_in_cache]
+    upload = next(one for one in components if isinstance(one, gradio.File))
+    return [upload.move_resource_to_block_cache(path) for path in found]
+
+
+@pytest.mark.parametrize("name", ["classify", "segment", "adapters"])
+def test_examples_stay_for_hours_and_a_mistake_does_not_take_them(name, request):
+    adapter = request.getfixturevalue("railway_run" if name == "segment" else "digits_adapter")
+    blocks = import_module(f"apps.{name}").build([adapter])
+    files = offered(blocks)
+    assert files
+    root = _server.temporary()
+    for path in sorted(root.rglob("*"), reverse=True):
+        os.utime(path, (0, 0))
+    _server.workplace()  # clears away what is old
+    gradio.route_utils.delete_files_created_by_app(blocks, -1)  # so does Gradio
+
+    def refused(path):
+        raise UserError("a.png", "this is no picture")
+
+    with pytest.raises(gradio.Error):
+        _server.told(refused, _server.one)(files[0])
+    assert [path for path in files if not Path(path).is_file()] == []
+    assert all(Path(path).is_relative_to(root) for path in files), "Gradio serves nothing else"
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_sample_of_the_adapters_stays_too(digits_adapter, tmp_path, zipped):
+    given = digits_adapter.parent if zipped else digits_adapter
+    (sample,) = adapters._samples([given])
+    os.utime(sample.parent, (0, 0))
+    _server.workplace()
+    assert sample.is_file()

@@ -1,6 +1,7 @@
 """Handlers of the text-to-image app and its studio, without a server."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,3 +173,23 @@ def test_a_run_says_its_base_preview_and_certificate(files, tmp_path):
 
 def test_resting_files_start_at_0(files):
     assert [one.strength for one in _studio.Studio(base(), files, files[1:]).sets] == [1.0, 0.0]
+
+
+def test_runs_that_trained_the_base_are_passed_over_unless_they_are_named(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"backbone": {"class_path": "visadapt.backbones.stable_diffusion.StableDiffusion",
+                            "init_args": {"name": video_base()}}}  # fmt: skip
+    task = "visadapt.tasks.text_to_image.TextToImage"
+    lora, full = (write_run(Path("runs") / name / "1", task, options, []) for name in ("lora", "full"))
+    shutil.copy(files[0], lora)
+    changed = base().build()
+    changed.unet.conv_in.requires_grad_(True)
+    va.save(changed, full, base_name="random")
+    os.utime(lora, (0, 0))
+    assert _runs.newest(text_to_image.TASKS) == [full, lora]
+    recipe, found, resting = text_to_image.chosen([], None)
+    assert (recipe.name, found, resting) == (video_base(), [lora], [])
+    assert _studio.Studio(recipe, found).sets
+    named = text_to_image.chosen([full], None)
+    with pytest.raises(UserError, match="changes the base itself"):
+        _studio.Studio(named[0], named[1])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import visadapt as va
@@ -109,6 +110,19 @@ def test_the_newest_motion_is_taken_and_on_the_shipped_base_an_appearance(motion
     _, files, resting = text_to_video.chosen([], None)
     assert [path.parts[1] for path in files] == ["orbit", "style"]
     assert resting == files[1:]
+
+
+def test_runs_that_trained_the_base_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changed = va.adapt(torch.nn.Sequential(torch.nn.Linear(2, 2)), va.LoRA(rank=1), "0")
+    changed[0].bias.requires_grad_(True)
+    for name, kind, base in (("orbit", "text_to_video.TextToVideo", "tiny_video"),
+                             ("style", "text_to_image.TextToImage", "tiny_sd")):  # fmt: skip
+        path = write_run(Path("runs") / name / "1", f"visadapt.tasks.{kind}", {"backbone": {"name": base}}, [])
+        va.save(changed, path, base_name=base)
+        assert _runs.newest([kind.partition(".")[2]]) == [path]
+    recipe, files, resting = text_to_video.chosen([], None)
+    assert (recipe.name, files, resting) == ("tiny_video", [], [])
 
 
 def test_more_frames_than_there_are_positions_is_told(studio, tmp_path):

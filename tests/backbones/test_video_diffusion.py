@@ -283,6 +283,25 @@ def test_a_pipeline_folder_with_motion_modules_inside(tmp_path):
     torch.testing.assert_close(other(x, times, null_text(other)), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_motion_adapter_in_the_repository_is_of_the_same_revision_and_variant(tmp_path, monkeypatch):
+    from diffusers import MotionAdapter, StableDiffusionPipeline
+
+    StableDiffusionPipeline.from_pretrained(video_base()).save_pretrained(tmp_path, variant="fp16")
+    motion_adapter().save_pretrained(tmp_path / "motion_adapter", variant="fp16")
+    asked, load = [], MotionAdapter.from_pretrained
+
+    def record(*args, **options):
+        asked.append(options)
+        return load(*args, **options)
+
+    monkeypatch.setattr(MotionAdapter, "from_pretrained", record)
+    model = VideoDiffusion(str(tmp_path), variant="fp16", revision="main").build()
+    assert asked == [{"subfolder": "motion_adapter", "revision": "main", "variant": "fp16"}]
+    assert any("motion_modules" in name for name, _ in model.named_parameters())
+    VideoDiffusion(str(tmp_path), motion_adapter=f"{video_base()}/motion_adapter", variant="fp16").build()
+    assert asked[1] == {}, "another repository has its own"
+
+
 def test_what_is_no_video_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="without motion modules.*motion_adapter"):
         VideoDiffusion(base()).build()

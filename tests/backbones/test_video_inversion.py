@@ -54,6 +54,12 @@ def test_sampling_the_inverted_noise_gives_the_latents_back(prediction, schedule
     torch.testing.assert_close(sampled(model, noise, 20), latents(), rtol=0, atol=accuracy)
 
 
+def test_ddims_steps_of_even_times_are_not_those_of_its_list():
+    model = Linear("epsilon", timestep_spacing="linspace")
+    noise = invert(model, latents(), {}, steps=20, refine=40)
+    assert (sampled(model, noise, 20) - latents()).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(("prediction", "scheduler"), CASES)
 def test_the_error_of_plain_inversion_falls_with_the_steps(prediction, scheduler):
     model = Linear(prediction, strength=0.05, **scheduler)

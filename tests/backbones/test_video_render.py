@@ -81,6 +81,24 @@ def test_sizes_and_frames():
         render(model, ["a", "b"], [0])
 
 
+@pytest.mark.parametrize(
+    ("family", "frames", "why"),
+    [
+        ("animatediff", 9, "has positions for 8; take fewer"),
+        ("latte", FRAMES - 1, f"takes {FRAMES} frames, no more and no fewer"),
+        ("latte", FRAMES + 1, f"takes {FRAMES} frames, no more and no fewer"),
+        ("wan", 6, "this VAE takes 1, 5, 9, … frames"),
+    ],
+)
+def test_frames_that_a_base_does_not_take_are_refused(family, frames, why):
+    with pytest.raises(ValueError, match=rf"^model\.preview\.frames: {frames}, but .*{why}"):
+        render(built(family), ["a"], [0], frames=frames, steps=1, size=32)
+
+
+def test_latte_renders_single_pictures():
+    assert render(built("latte"), ["a"], [0], frames=1, steps=1, size=32).shape == (1, 1, 3, 32, 32)
+
+
 def test_sliced_attention_changes_no_clip():
     model, sliced = built(), built(attention_slicing=True)
     before = [layer.processor for layer in sliced.sliceable()]

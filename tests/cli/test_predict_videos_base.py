@@ -34,7 +34,7 @@ def clip(path):
     return np.stack(found)
 
 
-def test_files_of_any_tool_at_their_strengths(here):
+def test_files_of_any_tool_at_their_strengths(here, capsys):
     model = moved(va.adapt(VideoDiffusion(video_base()).build(), va.LoRA(rank=2), "temporal.attention"), 0.2)
     va.export(model, here / "motion.safetensors", format="diffusers")
     pictures = moved(va.adapt(StableDiffusion(video_base()).build(), va.LoRA(rank=2), "unet.cross"), 0.2)
@@ -51,15 +51,21 @@ def test_files_of_any_tool_at_their_strengths(here):
     both, half = (clip(f"{name}/0000_a_seed0.webp") for name in ("both", "half"))
     assert both.shape == (FRAMES, 32, 32, 3)
     assert not np.array_equal(both, half)
+    assert predict(*files, "none", "--strength.motoin", 0.5) == 2
+    told = capsys.readouterr().err
+    assert "error at '--strength.motoin'\n  the model has no set of that name; it has look, motion" in told
+    assert "did you mean: motion?" in told
 
 
 def test_a_picture_and_a_clip_to_start_from(here):
     Image.new("RGB", (40, 32), "red").save("red.png")
     say = ["--prompts", "a", "--output"]
     assert predict(*say, "free") == 0
-    assert predict(*say, "picture", "--image", "red.png", "--share", "1") == 0
+    assert predict(*say, "picture", "--image", "red.png") == 0
+    assert predict(*say, "whole", "--image", "red.png", "--share", "1") == 0
     assert predict(*say, "again", "--clip", "free/0000_a_seed0.webp", "--share", "0") == 0
-    free, picture, again = (clip(f"{name}/0000_a_seed0.webp") for name in ("free", "picture", "again"))
+    free, picture, whole, again = (clip(f"{name}/0000_a_seed0.webp") for name in ("free", "picture", "whole", "again"))
+    assert np.array_equal(picture, whole)  # unless told otherwise, a picture gives all the noise
     assert np.array_equal(free, again)  # a share of 0 is fresh noise
     assert not np.array_equal(free, picture)
 
@@ -76,8 +82,10 @@ def test_a_motion_adapter_makes_a_video_model_of_an_image_model(here):
 MISTAKES = {
     "image": (["--image", "no.png"], "--image", "there is no file"),
     "both": (["--image", ".", "--clip", "."], "model.preview", "set one of them to null"),
+    "share": (["--share", "0.5"], "--share", "give --image or --clip, too"),
     "images": (["--images", "."], "--images", "and --image PICTURE"),
-    "frames": (["--frames", "99"], "", "positions for 8"),
+    "frames": (["--frames", "99"], "model.preview.frames", "positions for 8"),
+    "strength": (["--strength.motion", "1"], "--strength.motion", "it has none"),
 }
 
 
@@ -86,5 +94,5 @@ def test_mistakes_are_one_message(case, here, capsys):
     args, where, told = MISTAKES[case]
     assert predict("--prompts", "a", *args) == 2
     error = capsys.readouterr().err
-    assert where in error
+    assert f"error at '{where}'" in error
     assert told in error

@@ -59,7 +59,10 @@ def test_names_count_as_numbers(tmp_path):
     frame_folder(tmp_path / "a", 12)
     assert [file.name for file in frame_files(tmp_path / "a")] == [f"{i}.png" for i in range(12)]
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "still.webp")
-    assert find_clips(sorted((tmp_path / "a").iterdir())) == [tmp_path / "a"], "a still WebP is a frame"
+    assert find_clips(tmp_path, sorted((tmp_path / "a").iterdir())) == [tmp_path / "a"], "a still WebP is a frame"
+    for name in ("²3", "3"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    assert [file.stem for file in frame_files(tmp_path)] == ["3", "²3"], "a raised 2 is no number"
 
 
 def test_random_start_stride_and_resume(tmp_path):
@@ -172,6 +175,65 @@ def test_mistakes_are_named(tmp_path, options, message):
 def test_no_clips(tmp_path):
     with pytest.raises(FileNotFoundError, match="data.root: no clips in"):
         folder(tmp_path).setup("fit")
+
+
+@pytest.mark.parametrize("prompt", [None, "a dance"])
+def test_frames_directly_in_the_root_are_refused(tmp_path, prompt):
+    frame_folder(tmp_path / "clip", 4)
+    with pytest.raises(
+        BadClip, match="data.root: frames lie directly in '.*clip'; put them into a folder of their own"
+    ):
+        folder(tmp_path / "clip", instance_prompt=prompt).setup("fit")
+
+
+def test_pictures_beside_clips_are_left_out(tmp_path):
+    (tmp_path / "10_sks dance").mkdir()
+    animation(tmp_path / "10_sks dance" / "b.webp", 4)
+    Image.new("RGB", (99, 99)).save(tmp_path / "10_sks dance" / "b.jpg")
+    frame_folder(tmp_path / "a", 4, "walks")
+    Image.new("RGB", (99, 99)).save(tmp_path / "cover.png")
+    with pytest.warns(UserWarning, match=r"2 picture\(s\) beside clips are left out, such as '.*b\.jpg'"):
+        clips = folder(tmp_path).clips("val")
+    assert [(clip.source.path.name, clip.caption) for clip in clips] == [("b.webp", "sks dance"), ("a", "walks")]
+    (tmp_path / "a.txt").unlink()
+    with pytest.warns(UserWarning, match="beside clips"):
+        assert len(folder(tmp_path, instance_prompt="a dance").clips("val")) == 2
+
+
+def test_a_folder_without_frames_is_no_clip(tmp_path):
+    with pytest.raises(BadClip, match="holds no frames"):
+        look(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bright"),
+    [
+        ((0, 1, -1, 0), (slice(16), slice(-16, None))),  # QuickTime's for a telephone held upright: clockwise
+        ((0, -1, 1, 0), (slice(-16, None), slice(16))),
+        ((-1, 0, 0, -1), (slice(-16, None), slice(-16, None))),
+        ((1, 0, 0, 1), (slice(16), slice(16))),
+    ],
+)
+def test_videos_are_turned_as_players_turn_them(tmp_path, matrix, bright):
+    av = pytest.importorskip("av")
+    stored = Image.new("RGB", (48, 32))
+    stored.paste("white", (0, 0, 16, 16))  # bright at the upper left
+    a, b, c, d = (round(value * 65536) for value in matrix)  # x' = a x + c y, y' = b x + d y, downwards
+    with av.open(str(tmp_path / "d.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        if not hasattr(stream, "set_display_matrix"):
+            pytest.skip("this PyAV writes no display matrix")
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 1 << 30])
+        for _ in range(4):
+            file.mux(stream.encode(av.VideoFrame.from_image(stored)))
+        file.mux(stream.encode())
+    source = look(tmp_path / "d.mp4")
+    (picture,) = source.read([2])
+    assert picture.size == source.size == ((48, 32) if a else (32, 48))
+    pixels = np.asarray(picture.convert("L"))
+    assert pixels[bright].mean() > 200
+    assert pixels.mean() < 60
 
 
 def test_videos(tmp_path):

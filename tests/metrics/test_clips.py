@@ -1,4 +1,4 @@
-"""Figures of clips: neighbours' cosines, leakage against the base, and what the judge sees in each frame."""
+"""Figures of clips: neighbours' cosines, CLIP scores, and what the judge sees in each frame."""
 
 from itertools import pairwise
 
@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.metrics.test_renders import write_clip
 from visadapt.data.scenes import COLOURS
-from visadapt.metrics.clips import consistency, frame_adherence, frame_features, leakage, leaked_traits
+from visadapt.metrics.clip import clip_score
+from visadapt.metrics.clips import consistency, frame_adherence, frame_clip_score, frame_features, leaked_traits
 
 
 class FirstPixel(nn.Module):
@@ -44,17 +46,15 @@ def test_consistency():
         consistency(torch.ones(2, 1, 3))
 
 
-def test_leakage_is_against_the_base():
-    rng = np.random.default_rng(1)
-    reference = torch.tensor(rng.normal(size=(1, 4, 16)))
-    base = torch.tensor(rng.normal(size=(3, 4, 16)))
-    assert leakage(base, reference, base)["leak"] == 0
-    mixed = leakage(base + reference, reference, base)
-    assert mixed["leak"] > 0.1
-    assert mixed["leak"] == pytest.approx(mixed["adapted"] - mixed["base"])
-    units = [v / v.norm(dim=-1, keepdim=True) for v in (base, reference)]
-    every = torch.einsum("bfd,ngd->bfng", *units).mean()
-    assert mixed["base"] == pytest.approx(every.item(), abs=1e-12)
+def test_clip_score_is_the_mean_over_frames(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    videos = torch.rand(2, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = ["a red circle", "a cat"]
+    each = [clip_score(clip, [said] * 5, folder) for clip, said in zip(videos, prompts)]
+    for chunk in (3, 64):
+        found = frame_clip_score(videos, prompts, folder, chunk)
+        assert found == pytest.approx(torch.cat(each).mean().item(), abs=1e-4)
+    assert frame_clip_score(videos, prompts[::-1], folder) != pytest.approx(found, abs=1e-4)
 
 
 def test_traits_of_the_reference():

@@ -36,6 +36,29 @@ def test_paths_follow_what_moves():
     assert paths[corner].diff(dim=0).abs().max() < 0.01, "the background stands still"
 
 
+def panned(photo, ways, side=128):
+    """A square cut out of a photograph that goes by these many pixels, x and y, in each step."""
+    corners = np.cumsum([(np.array(photo.shape[1::-1]) - side) // 2, *ways], axis=0)
+    frames = np.stack([photo[y : y + side, x : x + side] for x, y in corners])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+
+
+def test_the_way_of_a_camera_over_photographs_is_found():
+    data = pytest.importorskip("skimage.data")  # the pictures are in its wheel
+    ways = np.array([(6, 0), (6, 0), (4, 4), (0, 6), (-3, 5)])
+    found = {name: tracks(panned(getattr(data, name)(), ways), side=64) for name in ("astronaut", "coffee", "chelsea")}
+    truth = torch.from_numpy(-ways / 128)  # what is seen goes the other way
+    for name, paths in found.items():
+        inside = paths[((paths > 0.05) & (paths < 0.95)).all(2).all(1)]
+        assert len(inside) > 20
+        error = (inside.diff(dim=1) - truth).norm(dim=2)
+        assert error.mean() < 0.01 < truth.norm(dim=1).min() / 4, name
+    assert fidelity(found["astronaut"], found["chelsea"]) > 0.95, "the same way over another photograph"
+    assert fidelity(found["astronaut"], found["coffee"]) > 0.9
+    other = tracks(panned(data.chelsea(), -ways), side=64)
+    assert fidelity(found["astronaut"], other) < 0
+
+
 def test_a_wide_clip_has_fewer_rows_of_points():
     video = torch.rand(2, 3, 24, 48, generator=torch.Generator().manual_seed(0))
     assert tracks(video, grid=8, side=48).shape == (32, 2, 2)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.metrics.test_renders import write_clip
 from tests.tiny_judge import random_judge  # noqa: F401 - a fixture
 from tests.tiny_video import FRAMES
 from tests.video_training import task
 from visadapt.data.moving_scenes import MovingScenes
+from visadapt.metrics.clip import clip_score
 from visadapt.tasks.diffusion_options import ClipPreview
 from visadapt.tasks.video_measures import ClipMeasures, ClipMeasuring
 
@@ -48,6 +50,17 @@ def test_directions_are_those_of_the_prompts():
     assert found["share that moves as asked"] > 0.8
     wrong = measured(lambda i: clips[i].flip(0), data)
     assert wrong["share that moves as asked"] == 0
+
+
+def test_the_clip_score_is_that_of_frames(tmp_path):
+    data = MovingScenes("moving", clips=2, test_clips=2, frames=FRAMES)
+    clips, folder = drawn(data, "test"), write_clip(tmp_path / "clip")
+    found = measured(lambda i: clips[i], data, clip=folder, prompts=["a star", "a cat"])
+    each = [clip_score(clip, [said] * FRAMES, folder) for clip, said in zip(clips, ["a star", "a cat"])]
+    assert found["CLIP score"] == pytest.approx(torch.cat(each).mean().item(), abs=1e-3)
+    assert "CLIP score" not in measured(lambda i: clips[i], data)
+    with pytest.raises(FileNotFoundError, match=r"model\.measures\.clip: there is no folder"):
+        measured(lambda i: clips[i], data, clip=str(tmp_path / "none"))
 
 
 def test_what_cannot_be_measured_is_refused():

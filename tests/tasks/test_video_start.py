@@ -10,6 +10,7 @@ import visadapt as va
 from tests.tiny_video import FRAMES
 from tests.video_training import sets, task
 from visadapt.data.images import UnreadableImage
+from visadapt.data.video_files import BadClip
 from visadapt.tasks.diffusion_options import ClipPreview, Paths
 from visadapt.tasks.video_start import beginning
 
@@ -49,6 +50,17 @@ def test_a_picture_is_where_every_frame_starts(found, tmp_path):
     assert beginning(found.model, found.preview) == {}
 
 
+def test_the_share_is_all_of_a_picture_and_a_part_of_a_clip(found, tmp_path):
+    assert [how(**start).share for start in ({}, {"image": "a"}, {"clip": "a"})] == [None, 1.0, 0.3]
+    assert how(image="a", share=0.2).share == 0.2
+    found.preview = how(image=picture(tmp_path / "a.png"))
+    whole = found.render(["a"], [0])
+    found.preview = how(image=found.preview.image, share=1.0)
+    assert torch.equal(found.render(["a"], [0]), whole)
+    found.preview = how()
+    assert not torch.equal(found.render(["a"], [0]), whole)
+
+
 def test_a_reference_clip_gives_its_inverted_noise(found, tmp_path):
     for number in range(FRAMES + 3):
         picture(tmp_path / f"{number}.png", number)
@@ -67,6 +79,8 @@ def test_a_reference_clip_gives_its_inverted_noise(found, tmp_path):
 def test_files_that_cannot_be_used_are_named(found, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model\.preview\.image: there is no file 'no\.png'"):
         beginning(found.model, how(image="no.png"))
+    with pytest.raises(BadClip, match="holds no frames"):
+        beginning(found.model, how(clip=str(tmp_path)))
     picture(tmp_path / "0.png")
     with pytest.raises(ValueError, match=rf"model\.preview\.clip: .* has 1 frames, {FRAMES} are wanted"):
         beginning(found.model, how(clip=str(tmp_path)))

@@ -88,8 +88,11 @@ def _grafted(place: str, motion_adapter: str | None, options: Mapping[str, Any])
             "it is a Stable Diffusion without motion modules; give `motion_adapter`, a folder or hub id of one"
         )
     base: Any = DiffusionPipeline.from_pretrained(place, **(_NO_EXTRAS | dict(options)))
-    where = {"subfolder": "motion_adapter"} if motion_adapter is None else {}
-    adapter = MotionAdapter.from_pretrained(motion_adapter or place, **where)
+    if motion_adapter is None:  # of the same repository, so of the same revision and variant
+        same = {key: options[key] for key in ("revision", "variant") if options.get(key) is not None}
+        adapter = MotionAdapter.from_pretrained(place, subfolder="motion_adapter", **same)
+    else:
+        adapter = MotionAdapter.from_pretrained(motion_adapter)
     own = Path(motion_adapter or folder) / "text_encoder"
     if own.is_dir():
         base.text_encoder = type(base.text_encoder).from_pretrained(own)

@@ -86,6 +86,17 @@ class Family(ABC):
         """Longest clip, in latent frames, that the network's positions allow; None for any."""
         return None
 
+    def refused(self, model: Any, frames: int) -> str:
+        """Why it renders no clips of so many frames; empty if it does."""
+        limit = self.most_frames(getattr(model, self.network))
+        if limit is None or self.latent_frames(model, frames) <= limit:
+            return ""
+        return f"'{model.base}' has positions for {limit}; take fewer"
+
+    def few_frames(self, model: Any, most: int) -> int:
+        """A number of frames that it renders, no more than ``most`` if it takes any such."""
+        return min(most, model.frames, self.most_frames(getattr(model, self.network)) or most)
+
     def stock_size(self, model: Any) -> tuple[int, int]:
         """Height and width in pixels of the base's own clips."""
         own = getattr(model, self.network).config.sample_size

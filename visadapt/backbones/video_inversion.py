@@ -24,8 +24,10 @@ def invert(model: Any, latents: Tensor, text: Mapping[str, Tensor], steps: int =
         latents: Scaled latents (B, F, C, h, w).
         text: Conditions of the B clips; MotionDirector takes the empty caption.
         steps: Steps of the sampler that is inverted.
-        refine: Further passes for each step; with enough of them and the same steps of DDIM (for flow matching of
-            Euler) the latents come back exactly.
+        refine: Further passes for each step, for callers from Python: no option of a run sets it. With enough of them
+            the same steps of Euler, for flow matching, and of DDIM with the time spacings "leading" and "trailing" give
+            the latents back but for rounding. With "linspace" they do not: diffusers' DDIM then steps from t to
+            t − T / steps, which is not the next time of its list.
 
     Returns:
         Noise (B, F, C, h, w), to start a sampler from.

@@ -51,6 +51,15 @@ class Latte(Family):
         """As many as it has positions in time for."""
         return int(network.config.video_length)
 
+    def refused(self, model: Any, frames: int) -> str:
+        """It adds all its positions in time, to clips of that length only; to single pictures it adds none."""
+        known = self.most_frames(model.transformer)
+        return "" if frames in (1, known) else f"'{model.base}' takes {known} frames, no more and no fewer (or 1)"
+
+    def few_frames(self, model: Any, most: int) -> int:
+        """Its only number."""
+        return self.most_frames(model.transformer)
+
     def encode_text(self, model: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         """T5's hidden states (B, N, C), and which of them are no padding (B, N), 1 or 0."""
         from visadapt.backbones.video_diffusion import pipeline

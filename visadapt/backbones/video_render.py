@@ -27,7 +27,7 @@ def render(
     size: int | Sequence[int] | None = None,
     noise: Tensor | None = None,
     image: Tensor | None = None,
-    share: float = 1.0,
+    share: float | None = None,
     negative: str | None = None,
     chunk: int = 4,
 ) -> Tensor:
@@ -48,7 +48,7 @@ def render(
         image: Pictures (B or 1, 3, H, W) in -1 … 1 to start from: their latents are inverted with their prompts, and
             every frame starts from that noise.
         share: How much of the starting noise is that of ``noise`` or ``image``, see ``mixed_noise``; the rest is
-            the seed's own. 1 takes nothing else: for ``image`` the frames then start alike.
+            the seed's own. None or 1 take nothing else: for ``image`` the frames then start alike.
         negative: Negative prompt for all; None is the base's "no prompt".
         chunk: Clips at a time.
 
@@ -56,7 +56,7 @@ def render(
         (B, F, 3, H, W) in 0 … 1, float32, on the CPU.
 
     Raises:
-        ValueError: Not one seed per prompt, more frames than the network has positions for, both noise and image, or
+        ValueError: Not one seed per prompt, a number of frames that the base does not take, both noise and image, or
             noise and image of another shape.
     """
     start = {"noise": noise, "image": image, "share": share}
@@ -82,9 +82,8 @@ def render_latents(
         raise ValueError(f"{len(prompts)} prompts with {len(seeds)} seeds: give each its own")
     height, width = _sides(model, size)
     frames = frames or model.frames
-    limit = model.spec.most_frames(model.network)
-    if limit is not None and model.spec.latent_frames(model, frames) > limit:
-        raise ValueError(f"frames: {frames}, but '{model.base}' has positions for {limit}; take fewer")
+    if why := model.spec.refused(model, frames):
+        raise ValueError(f"model.preview.frames: {frames}, but {why}")
     chunk = chunk if model.spec.prompts_at_once else 1
     stock, found = pipeline(model), []
     with _sliced(model), without_notices():
@@ -131,7 +130,7 @@ def _begin(
     steps: int,
     noise: Tensor | None = None,
     image: Tensor | None = None,
-    share: float = 1.0,
+    share: float | None = None,
 ) -> Tensor:
     """The noise that sampling starts from."""
     if noise is not None and image is not None:
@@ -148,7 +147,7 @@ def _begin(
             f"noise or image gives latents {tuple(prior.shape)}, the clips have {tuple(fresh.shape)}; "
             "set frames and size to theirs"
         )
-    return mixed_noise(prior.to(fresh).expand_as(fresh), fresh, share)
+    return mixed_noise(prior.to(fresh).expand_as(fresh), fresh, 1.0 if share is None else share)
 
 
 def _sides(model: VideoModel, size: int | Sequence[int] | None) -> tuple[int, int]:

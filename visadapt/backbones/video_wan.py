@@ -20,6 +20,9 @@ class Wan(Family):
     Every attention sees all places of all frames, so ``spatial`` and ``temporal`` name the same layers. Appearance and
     motion are told apart in sequence, as Set-and-Sequence does (Abdal et al. 2025, arXiv 2502.14844): a first set
     learns from single frames, which have no motion, and stays; a second one learns from clips what that leaves.
+
+    Telling the heads that look within frames from those that look across them by their attention maps, and adapting
+    each kind by itself (Follow-Your-Motion, arXiv 2506.05207), would be the closer equivalent; it is not implemented.
     """
 
     name = "wan"
@@ -79,10 +82,19 @@ class Wan(Family):
 
     def latent_frames(self, model: Any, frames: int) -> int:
         """(F − 1) / 4 + 1: the first frame stands alone, the others go four by four."""
+        if why := self.refused(model, frames):
+            raise ValueError(f"clips of {frames} frames: {why}")
+        return int((frames - 1) // model.vae.config.scale_factor_temporal + 1)
+
+    def refused(self, model: Any, frames: int) -> str:
+        """Its VAE takes one frame and then so many at a time; positions there are for any number."""
         step = model.vae.config.scale_factor_temporal
-        if (frames - 1) % step:
-            raise ValueError(f"clips of {frames} frames: this VAE takes 1, {1 + step}, {1 + 2 * step}, … frames")
-        return int((frames - 1) // step + 1)
+        return f"this VAE takes 1, {1 + step}, {1 + 2 * step}, … frames" if (frames - 1) % step else ""
+
+    def few_frames(self, model: Any, most: int) -> int:
+        """A number that its VAE takes."""
+        step = model.vae.config.scale_factor_temporal
+        return int((super().few_frames(model, most) - 1) // step * step + 1)
 
     def reduction(self, model: Any) -> int:
         """Pixels per latent position along a side."""

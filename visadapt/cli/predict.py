@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Dataset
 
 from visadapt.cli import sheets
-from visadapt.cli.errors import UserError
+from visadapt.cli.errors import UserError, close
 from visadapt.cli.rundir import set_names
 from visadapt.data.base import BaseData, Stage
 from visadapt.data.image_folder import PictureSet
@@ -77,6 +77,9 @@ class Strength(Callback):
 
     Args:
         strength: One number, or name of a set → number; 0 is the base, 1 what was trained.
+
+    Raises:
+        UserError: The model has no set of such a name.
     """
 
     def __init__(self, strength: float | dict[str, float]) -> None:
@@ -88,6 +91,13 @@ class Strength(Callback):
 
         model = network(pl_module)
         if isinstance(self.strength, dict):
+            known = sorted({adapter.name for adapter in va.adapters(model).values()})
+            for name in self.strength:
+                if name not in known:
+                    has = f"it has {', '.join(known)}" if known else "it has none"
+                    raise UserError(
+                        f"--strength.{name}", f"the model has no set of that name; {has}", close(name, known)
+                    )
             va.strength(model, None, **self.strength)
         else:
             va.strength(model, self.strength)

@@ -87,7 +87,9 @@ def use_prompts(config: Namespace) -> None:
         if prompt.lower().endswith(".txt") and not Path(prompt).is_file():
             raise UserError("--prompts", f"there is no file '{prompt}'", nearby(prompt))
     if videos and any(config.get(option) is not None for option in BEGINNINGS):
-        preview["image"] = preview["clip"] = None  # it takes the place of the configuration's
+        preview["image"] = preview["clip"] = preview["share"] = None  # it takes the place of the configuration's
+    elif videos and config.get("share") is not None and preview["image"] is None and preview["clip"] is None:
+        raise UserError("--share", "there is no picture or clip to share noise with", "give --image or --clip, too")
     for option in (*PREVIEW, *OF_VIDEOS):
         if config.get(option) is None:
             continue

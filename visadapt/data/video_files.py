@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image, ImageSequence
 
 from visadapt.data.buckets import Size
@@ -75,6 +76,8 @@ def look(path: Path) -> Source:
     """
     if path.is_dir():
         sizes = [header_size(file) for file in frame_files(path)]
+        if not sizes:
+            raise BadClip(f"clip '{path}' holds no frames; name a video, an animation or a folder of pictures")
         if len(set(sizes)) > 1:
             odd = next(index for index, size in enumerate(sizes) if size != sizes[0])
             raise BadClip(
@@ -84,28 +87,46 @@ def look(path: Path) -> Source:
         return Source(path, len(sizes), sizes[0], None)
     count, size = 0, (0, 0)
     for frame in _decoded(path):
-        count, size = count + 1, (frame.width, frame.height)
+        sideways = _turn(frame) % 180 == 90
+        count, size = count + 1, (frame.height, frame.width) if sideways else (frame.width, frame.height)
     if not count:
         raise BadClip(f"clip '{path}' has no frames; replace or delete it")
     return Source(path, count, size, _rate(path))
 
 
-def find_clips(files: Sequence[Path]) -> list[Path]:
-    """Which of the files of a folder are clips: videos, animations, and folders that hold still pictures, sorted."""
-    found = set()
+def find_clips(root: Path, files: Sequence[Path]) -> list[Path]:
+    """Which of the files in a folder and below are clips: videos, animations, and folders of still pictures, sorted.
+
+    Pictures beside videos or animations are no frames but thumbnails, and so are those in the root beside folders of
+    clips: they are left out, with a warning.
+
+    Raises:
+        BadClip: There is nothing but frames that lie directly in the root.
+    """
+    found, stills = set(), []
     for file in files:
         suffix = file.suffix.lower()
         if suffix in VIDEOS or (suffix in ANIMATIONS and _animated(file)):
             found.add(file)
         elif suffix in SUFFIXES:
-            found.add(file.parent)
+            stills.append(file)
+    no_folders = {root, *(file.parent for file in found)}
+    found |= {file.parent for file in stills if file.parent not in no_folders}
+    left_out = [file for file in stills if file.parent in no_folders]
+    if left_out and not found:
+        raise BadClip(f"data.root: frames lie directly in '{root}'; put them into a folder of their own")
+    if left_out:
+        rank_zero_warn(
+            f"data.root: {len(left_out)} picture(s) beside clips are left out, such as '{left_out[0]}'; "
+            "frames belong into a folder of their own"
+        )
     return sorted(found)
 
 
 def frame_files(folder: Path) -> list[Path]:
     """The frames of a folder; numbers in their names count as numbers, so 10 comes after 9."""
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    return sorted(files, key=lambda path: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name)])
+    return sorted(files, key=lambda path: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name)])
 
 
 def _animated(file: Path) -> bool:
@@ -138,7 +159,16 @@ def _decoded(path: Path) -> Iterator[Any]:
 
 
 def _picture(frame: Any) -> Image.Image:
-    return as_rgb(frame) if isinstance(frame, Image.Image) else Image.fromarray(frame.to_ndarray(format="rgb24"))
+    """A decoded frame as RGB, upright."""
+    if isinstance(frame, Image.Image):
+        return as_rgb(frame)
+    picture, turn = Image.fromarray(frame.to_ndarray(format="rgb24")), _turn(frame)
+    return picture.rotate(turn, expand=True) if turn else picture
+
+
+def _turn(frame: Any) -> int:
+    """Degrees, counterclockwise, by which players turn a frame: telephones store portrait videos lying down."""
+    return int(round(getattr(frame, "rotation", 0) / 90) * 90)
 
 
 def _rate(path: Path) -> float | None:

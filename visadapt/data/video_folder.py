@@ -121,7 +121,7 @@ class VideoFolder(ClipData):
         """Clips of a folder with their repeats."""
         if root not in self._found:
             files = list(walk(root, ()))
-            paths = find_clips(files)
+            paths = find_clips(root, files)
             if not paths:
                 known = ", ".join((*VIDEOS, *ANIMATIONS))
                 raise FileNotFoundError(f"data.root: no clips in '{root}'; known are {known} and folders of frames")

@@ -9,13 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visadapt.metrics.adherence import NAMED, Judge, adherence, judged
-from visadapt.metrics.renders import similarity
+from visadapt.metrics.clip import clip_score
 
 
 def frame_features(describe: Callable[[Tensor], Tensor], videos: Tensor, chunk: int = 64) -> Tensor:
     """Features (B, F, D) of the frames of clips (B, F, 3, H, W) in 0 … 1; see `visadapt.metrics.features`."""
     found = torch.cat([describe(part) for part in videos.flatten(0, 1).split(chunk)])
     return found.unflatten(0, videos.shape[:2])
+
+
+def frame_clip_score(videos: Tensor, prompts: Sequence[str], folder: str, chunk: int = 64) -> float:
+    """CLIP score of clips: the mean over all frames, each against the prompt of its clip; see `clip_score`.
+
+    Args:
+        videos: (B, F, 3, H, W) in 0 … 1.
+        prompts: B texts.
+        folder: A CLIP model in transformers' layout.
+        chunk: Frames at a time.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds no CLIP.
+    """
+    said = [prompt for prompt in prompts for _ in range(videos.shape[1])]
+    parts = enumerate(videos.flatten(0, 1).split(chunk))
+    return float(torch.cat([clip_score(part, said[i * chunk :][:chunk], folder) for i, part in parts]).mean())
 
 
 def consistency(features: Tensor) -> float:
@@ -31,23 +49,6 @@ def consistency(features: Tensor) -> float:
         raise ValueError("clips of one frame have no neighbours; at least 2 frames are needed")
     units = F.normalize(features.double(), dim=2)
     return float((units[:, 1:] * units[:, :-1]).sum(2).mean())
-
-
-def leakage(found: Tensor, reference: Tensor, base: Tensor) -> dict[str, float]:
-    """Appearance that leaks from the clip that a motion was learned from into clips of other things.
-
-    Args:
-        found: Features (B, F, D) of clips by the adapted model, for prompts that ask for another appearance.
-        reference: Features (N, F, D) of the clips that it learned from.
-        base: Features (B, F, D) of clips by the base, for the same prompts and seeds.
-
-    Returns:
-        Mean cosines over all pairs of frames: "adapted" to the reference, "base" to the reference, and their
-        difference, the "leak": 0 if the adapted model's frames are no nearer to the reference than the base's.
-    """
-    seen = reference.flatten(0, 1)
-    adapted, before = (similarity(clips.flatten(0, 1), seen) for clips in (found, base))
-    return {"adapted": adapted, "base": before, "leak": adapted - before}
 
 
 def leaked_traits(

@@ -13,7 +13,7 @@ from visadapt.backbones.stable_diffusion import Diffusion
 from visadapt.backbones.video_diffusion import VideoModel
 from visadapt.backbones.video_latents import decode_videos
 
-MOST, FRAMES = 256, 9  # pixels of a side; frames of a clip, a number that VAEs over time take too
+MOST, FRAMES = 256, 9  # pixels of a side; frames of a clip, where the base takes so few
 
 
 def stock(model: Diffusion | VideoModel) -> Any:
@@ -27,7 +27,7 @@ def settings_of(model: Diffusion | VideoModel, prompts: Sequence[str], steps: in
     found["guidance"] = 3.0
     if isinstance(model, VideoModel):
         sides = [min(MOST, side) for side in model.spec.stock_size(model)]
-        return found | {"size": sides, "frames": min(model.frames, FRAMES)}
+        return found | {"size": sides, "frames": model.spec.few_frames(model, FRAMES)}
     own = model.unet.config.sample_size
     return found | {"size": min(MOST, reduction(model.vae) * (own if isinstance(own, int) else min(own)))}
 

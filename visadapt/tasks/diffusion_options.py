@@ -154,20 +154,23 @@ class ClipPreview(Preview):
         frames: Frames of a video; null is the base's own number.
         image: Picture to bring to motion: the noise that every frame starts from is that of its inverted latents.
         clip: Reference clip, a video or a folder of frames; a part of the noise is that of its inverted latents.
-        share: How much of the noise is inverted; 0.1 to 0.5 are usual for a clip, more keeps more of a picture.
+        share: How much of the noise is inverted; null is all of a picture's, and 0.3 of a clip's, for which 0.1 to 0.5
+            are usual.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0])
     frames: int | None = None
     image: str | None = None
     clip: str | None = None
-    share: float = 0.3
+    share: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frames is not None and self.frames < 1:
             raise ValueError(f"model.preview.frames: {self.frames}; at least one is needed")
-        if not 0 <= self.share <= 1:
+        if self.share is not None and not 0 <= self.share <= 1:
             raise ValueError(f"model.preview.share: {self.share}; it is a share, 0 to 1")
         if self.image is not None and self.clip is not None:
             raise ValueError("model.preview: the noise is that of an image or of a clip; set one of them to null")
+        if self.share is None and (self.image or self.clip) is not None:
+            self.share = 0.3 if self.image is None else 1.0

@@ -38,6 +38,7 @@ class ClipMeasures:
             embedded clips; "flow" for any others.
         judge: Ask the shipped judge what frames show; it knows the embedded scenes only.
         extractor: The network whose features are compared.
+        clip: Folder of a CLIP model, for the CLIP score of frames.
         base: Measure the base too, before the first step.
     """
 
@@ -46,6 +47,7 @@ class ClipMeasures:
     track: Literal["centre", "flow"] = "centre"
     judge: bool = False
     extractor: Extractor = field(default_factory=Extractor)
+    clip: str | None = None
     base: bool = True
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class ClipMeasuring:
             figures[f"temporal consistency of the learned clips ({network.title})"] = seen.consistency(known)
         alike = similarity(frames.flatten(0, 1), known.flatten(0, 1))
         figures[f"similarity to the learned clips ({network.title})"] = alike
+        if options.clip is not None:
+            figures["CLIP score"] = seen.frame_clip_score(videos.to(self.task.device), every, options.clip)
         return figures | (self._judged(every, videos) if options.judge else {}), None
 
     def _learned(self, videos: Tensor) -> Tensor:
