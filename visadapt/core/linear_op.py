@@ -12,6 +12,7 @@ row-major up-factor and reductions without einsum are worth 10-20 % of a step ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -279,9 +280,9 @@ class ConvUpdate(_Update):
         gained = any(gain is not None for gain in gains)
         y = conv(x, weight, None if gained else bias)
         z = conv(x, _join(downs, int(conv.transposed)))
-        n, positions = y.shape[0], y[0, 0].numel()
-        flat_y, sizes = y.view(n, -1, positions), [up.shape[1] for up in ups]
-        for up, gain, r, part_z in zip(ups, gains, rows, z.view(n, -1, positions).split(sizes, 1)):
+        n, positions = y.shape[0], math.prod(y.shape[2:])
+        flat_y, sizes = y.view(n, y.shape[1], positions), [up.shape[1] for up in ups]
+        for up, gain, r, part_z in zip(ups, gains, rows, z.view(n, z.shape[1], positions).split(sizes, 1)):
             part = flat_y[:, _slice(r)].baddbmm_(up.expand(n, -1, -1), part_z)
             if gain is not None:
                 part.mul_(gain[:, None])
@@ -299,19 +300,19 @@ class ConvUpdate(_Update):
             x, y, (z, weight, bias, *flat) = _Update.restore(ctx)
             downs, ups, gains = flat[0::3], flat[1::3], flat[2::3]
             n, channels = grad.shape[:2]
-            g = grad.reshape(n, channels, -1)
+            g = grad.reshape(n, channels, math.prod(grad.shape[2:]))
             grad_bias = g.sum((0, 2)) if bias is not None and ctx.needs_input_grad[5] else None
             sizes = [up.shape[1] for up in ups]
             grads: list[Tensor | None] = []
             grad_z: list[Tensor] = []
-            for up, gain, rows, part_z in zip(ups, gains, ctx.rows, z.view(n, z.shape[1], -1).split(sizes, 1)):
+            for up, gain, rows, part_z in zip(ups, gains, ctx.rows, z.view(n, z.shape[1], g.shape[2]).split(sizes, 1)):
                 part, grad_gain = g[:, _slice(rows)], None
                 if gain is None:
                     grad_up = torch.bmm(part, part_z.transpose(1, 2)).sum(0)
                 else:
                     with_ones = torch.cat([part_z, z.new_ones(n, 1, part_z.shape[2])], 1)  # also gives Σ g
                     grad_up, total = torch.bmm(part, with_ones.transpose(1, 2)).sum(0).split((up.shape[1], 1), 1)
-                    part_y = y.reshape(n, channels, -1)[:, _slice(rows)]
+                    part_y = y.reshape(g.shape)[:, _slice(rows)]
                     dots = sum((a * b).sum(1) for a, b in zip(part, part_y))  # by image: in the cache
                     grad_gain = _over(dots if bias is None else dots - total[:, 0] * bias[_slice(rows)], gain)
                     grad_up, up = grad_up * gain[:, None], up * gain[:, None]

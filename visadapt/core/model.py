@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from visadapt.core import fast_path
 from visadapt.core.adapter import Adapter
 from visadapt.core.depth import depths
 from visadapt.core.layer import Grafted, fold, graft, prune, refuse_graft
@@ -56,7 +57,8 @@ def adapt(
         method: prototype, for instance `LoRA(rank=8)`.
         targets: see `visadapt.core.target`.
         name: name of the set; several sets live side by side.
-        freeze: stop training every parameter that is not an adapter's.
+        freeze: stop training every parameter that is not an adapter's. A frozen BatchNorm still moves its statistics
+            in `train()`: keep it in `eval()`, as the tasks do.
         exclude: patterns to leave out.
         lean: recompute the layers' inputs in backward instead of keeping them.
         dry_run: print layer, set, method and parameters, and leave the model as it is.
@@ -65,8 +67,13 @@ def adapt(
         ValueError: a pattern matches nothing, a layer refuses the method, or the set has the site already.
         TypeError: an override names an unknown hyper-parameter.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name):
-        raise ValueError(f"set name {name!r}: use letters, digits and '-' only")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"set name {name!r}: use letters, digits and '-' only, and no name that modules have themselves"
+        )
+    if not isinstance(method, Adapter):
+        raise TypeError(f"method: {method!r} is no adapter; give one such as va.LoRA(rank=8)")
+    check_unmerged(model)
     sites = [(t, _key(name, t)) for t in resolve(model, targets, exclude)]
     pool: dict[str, Tensor] = {}
     deep = depths([t.name for t, _ in sites])
@@ -82,6 +89,7 @@ def adapt(
         graft(target.module, key, adapter)
         if lean and not adapter.view:
             target.module.lean = True  # type: ignore[assignment]
+    fast_path.leave(model)
     return model
 
 
@@ -92,6 +100,11 @@ def _key(name: str, target: Target) -> str:
 
 
 def _make(method: Adapter, target: Target, key: str, name: str, pool: dict[str, Tensor], depth: float) -> Adapter:
+    if target.param not in target.module._parameters and target.param not in target.module._buffers:
+        raise ValueError(
+            f"{type(method).__name__} on '{target.label}': its {target.param} is computed from other tensors; call "
+            "torch.nn.utils.parametrize.remove_parametrizations (or prune.remove, remove_weight_norm) on it first"
+        )
     adapter = method.clone(**target.overrides)
     adapter.depth = depth
     adapter.name, adapter.param, adapter.rows, adapter.view = name, target.param, target.rows, target.view
@@ -224,24 +237,40 @@ def merged(model: Model) -> Iterator[Model]:
     _check_merge(model, layers)
     backup = []
     for _, layer in layers:
-        names = [n for n in (*{a.param for a in layer.adapters.values()}, "bias") if n in layer._parameters]  # type: ignore[union-attr]
-        tensors = {n: None if layer._parameters[n] is None else layer._parameters[n].detach().clone() for n in names}  # type: ignore[union-attr, index, arg-type]
+        names = sorted({*(str(a.param) for a in layer.adapters.values()), "bias"})
+        stores: list[dict[str, Any]] = [layer._parameters, layer._buffers]
+        found = [(n, where) for where in stores for n in names if n in where]
+        tensors = [(n, where, None if where[n] is None else where[n].detach().clone()) for n, where in found]
         backup.append((layer, type(layer), layer.adapters, layer.__dict__.get("lean"), tensors))
     merge(model)
+    model.__dict__["_merged"] = True
     try:
         yield model
     finally:
+        del model.__dict__["_merged"]
         for layer, cls, held, lean, tensors in backup:
             layer.__class__ = cls
             layer.adapters = held
             if lean is not None:
                 layer.lean = lean  # type: ignore[assignment]
             with torch.no_grad():
-                for name, tensor in tensors.items():
+                for name, where, tensor in tensors:
                     if tensor is None:
-                        layer._parameters[name] = None  # type: ignore[index]
+                        where[name] = None
                     else:
-                        layer._parameters[name].copy_(tensor)  # type: ignore[union-attr, index]
+                        where[name].copy_(tensor)
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Adapters are out of a model within `merged`: what is done to them there would be lost.
+
+    Raises:
+        ValueError: the model is merged for the length of a `with`.
+    """
+    if any("_merged" in module.__dict__ for module in model.modules()):
+        raise ValueError(
+            "the model is merged (`with va.merged(model)`), its adapters are out of it; leave the block first"
+        )
 
 
 def remove(model: Model, name: str | None = None) -> Model:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from visadapt.core.adapter import Adapter
 from visadapt.core.files import replacing, serialise
 from visadapt.core.layer import prune
-from visadapt.core.model import adapt, adapters, grafted, is_adapter_key, label, overrides_of
+from visadapt.core.model import adapt, adapters, check_unmerged, grafted, is_adapter_key, label, overrides_of
 from visadapt.core.site import stored
+from visadapt.core.target import exact
 
 FORMAT = "1"
 Model = TypeVar("Model", bound=nn.Module)
@@ -109,6 +110,7 @@ def save(
     Raises:
         ValueError: the model has nothing to save.
     """
+    check_unmerged(model)
     held = tensors(model)
     if not held:
         raise ValueError("nothing to save: the model has no adapters and no trained parameter")
@@ -135,11 +137,23 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise ValueError(
                     f"'{path}' is a safetensors file but not an adapter of visadapt; `visadapt inspect` says what it is"
                 )
-            return json.loads(metadata["visadapt"]), {k: file.get_tensor(k) for k in file.keys()}
+            return _plan(metadata["visadapt"], path), {k: file.get_tensor(k) for k in file.keys()}
     except SafetensorError as error:
         raise ValueError(
             f"'{path}' is not a complete safetensors file ({error}); adapters load from nothing else"
         ) from error
+
+
+def _plan(text: str, path: Path) -> dict[str, Any]:
+    """What a file says of its adapters."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+        whole = all({"name", "method", "hparams", "sites"} <= entry.keys() for entry in found["sets"])
+        if not (whole and {"name", "sha256"} <= found["base"].keys()):
+            raise KeyError("sets")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path}' is an adapter of visadapt, but what it says of itself is broken") from error
+    return found
 
 
 def load_native(model: Model, path: str | Path, strict: bool = False, name: str | None = None) -> Model:
@@ -172,7 +186,8 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
     try:
         for entry in sets:
             prototype = find_method(entry["method"])(**entry["hparams"])
-            adapt(model, prototype, entry["sites"], entry["name"], lean=file_plan.get("lean", False))
+            sites = {exact(label): overrides for label, overrides in entry["sites"].items()}
+            adapt(model, prototype, sites, entry["name"], lean=file_plan.get("lean", False))
         if any("weights" in entry and entry["weights"] != _values(model, entry["name"]) for entry in sets):
             raise ValueError(
                 "its method computes directions from the weights, and these have other values than those that it was "

@@ -7,6 +7,7 @@ type:Conv2d           layer type
 attention             preset: of the model (`model.adapter_presets`) or of PRESETS
 attn.in_proj_weight   a parameter that code reads instead of calling a layer
 …:q  …:k  …:v         thirds of a fused projection;  …:0/2  first of two equal parts
+=fc1                  that name alone, no suffix and no preset: what files say (`exact`)
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ class Target:
         """Layer, parameter and part as a pattern that finds it again."""
         viewed = f"{self.name}.{self.param}" if self.view else self.name
         return f"{viewed}:{self.part}" if self.part else viewed
+
+
+def exact(label: str) -> str:
+    """The pattern that means the site of a `Target.label` and no other."""
+    return f"={label}"
 
 
 def resolve(model: nn.Module, targets: Targets, exclude: Sequence[str] | str = ()) -> list[Target]:
@@ -110,10 +116,12 @@ def _candidates(model: nn.Module) -> dict[str, tuple[str, str, bool]]:
         if ".adapters." in f".{name}." or name.endswith("adapters"):
             continue
         if ops.is_linear_op(module):
-            # MultiheadAttention reads out_proj.weight and never calls out_proj.
+            # MultiheadAttention reads out_proj.weight and never calls out_proj; a convolution with a forward of its own
+            # (weight standardisation, padding by the input's size) does with the weight what only it knows.
             read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            read = read or (isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not ops.is_plain(module))
             found[name] = (name, "weight", read)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or read:
                 found[f"{name}.weight" if name else "weight"] = (name, "weight", True)
         else:
             for param, tensor in module._parameters.items():
@@ -127,6 +135,8 @@ def _has_part(pattern: str) -> bool:
 
 
 def _matches(model: nn.Module, pattern: str, candidates: Mapping[str, tuple[str, str, bool]]) -> list[str]:
+    if pattern.startswith("="):
+        return [n for n in candidates if n == pattern[1:]]
     own: Mapping[str, Iterable[str]] = getattr(model, "adapter_presets", {})
     if pattern in own or pattern in PRESETS:
         patterns = own.get(pattern, PRESETS.get(pattern, ()))
@@ -195,7 +205,8 @@ def _no_match(model: nn.Module, pattern: str, body: str, candidates: Mapping[str
     suffixes = {
         ".".join(n.split(".")[i:]) for n in layers for i in range(len(n.split("."))) if not n.split(".")[i].isdigit()
     }
-    near = difflib.get_close_matches(body, sorted({*suffixes, *presets}), n=4, cutoff=0.5)
+    pattern, body = pattern.removeprefix("="), body.removeprefix("=")
+    near = difflib.get_close_matches(body, sorted({*suffixes, *presets} - {body}), n=4, cutoff=0.5)
     near = near or sorted({re.sub(r"\d+", "*", n) for n in layers})[:6]
     hint = ", ".join(f"'{n}'" for n in near) or "no Linear or convolution at all"
     return f"target '{pattern}' matches no layer of {type(model).__name__}; near misses: {hint}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from visadapt.core.layer import prune
 from visadapt.core.model import adapt, adapters, grafted, label, remove, strength
 from visadapt.core.site import Site
 from visadapt.core.state import read
-from visadapt.core.target import Targets, resolve
+from visadapt.core.target import exact, resolve
 from visadapt.core.zip import Merger, Zip, merged, zip_columns, zip_outputs
 from visadapt.interop import load
 from visadapt.methods import B4M, LoRA
@@ -150,16 +150,19 @@ def _check_thin(held: Sequence[Held], how: How, rank: int | None) -> None:
                                      "give how='svd' and a rank (--how svd --rank N), an approximation")  # fmt: skip
 
 
-def _replace(model: nn.Module, sources: Sequence[str | Path], name: str, method: Adapter, targets: Targets) -> None:
-    """Put a new set on the model in the place of the sets among the sources."""
+def _replace(
+    model: nn.Module, sources: Sequence[str | Path], name: str, method: Adapter, targets: dict[str, dict[str, Any]]
+) -> None:
+    """Put a new set on the model, on the sites of these labels, in the place of the sets among the sources."""
     present = {a.name for a in adapters(model).values()}
     gone = {str(s) for s in sources} & present
     if name in present - gone:
         raise ValueError(f"name: the model has a set '{name}' already; give the new one another name")
-    resolve(model, targets)  # raises where rows overlap, before anything is taken off
+    sites = {exact(target): overrides for target, overrides in targets.items()}
+    resolve(model, sites)  # raises where rows overlap, before anything is taken off
     for source in gone:
         remove(model, source)
-    adapt(model, method, targets, name)
+    adapt(model, method, sites, name)
 
 
 def _make(model: nn.Module, sources: Sequence[str | Path], held: Sequence[Held], name: str) -> dict[str, float]:
@@ -191,9 +194,12 @@ def _zip_on_outputs(
     parts = {t: [(i, scaled(u, weights[i])) for i, u in share] for t, share in shares.items()}
     try:
         for i, name in enumerate(names):
-            ranks = {t: {"ranks": [len(u.down) for j, u in s if i == j]} for t, s in parts.items() if i in dict(s)}
+            ranks = {
+                exact(t): {"ranks": [len(u.down) for j, u in s if i == j]} for t, s in parts.items() if i in dict(s)
+            }
             adapt(model, Merger(), ranks, name)
-        adapt(model, Merger(), {t: {"ranks": [len(u.down) for _, u in s]} for t, s in parts.items()}, "zip-merged")
+        ranks = {exact(t): {"ranks": [len(u.down) for _, u in s]} for t, s in parts.items()}
+        adapt(model, Merger(), ranks, "zip-merged")
         for i, name in enumerate([*names, "zip-merged"]):
             for path, adapter in adapters(model, name).items():
                 assert isinstance(adapter, Merger)
