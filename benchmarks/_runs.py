@@ -6,6 +6,7 @@ import argparse
 import csv
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -27,9 +28,11 @@ def command(verb: str, configs: Iterable[Path], seed: int, folder: Path, rate: f
 
 
 def make(line: list[str], done: Path, jobs: int) -> None:
-    """Run a command line that leaves the file ``done``, unless it is there."""
+    """Run a command line that leaves the file ``done``, unless it is there; what a run that was cut off left goes."""
     if done.exists():
         return
+    if (done.parent / "config.yaml").is_file():
+        shutil.rmtree(done.parent)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     made = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if made.returncode:

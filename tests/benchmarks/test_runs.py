@@ -115,3 +115,13 @@ def test_after_a_failure_no_other_run_begins_and_a_rate_may_diverge():
         return "0.5"
 
     assert _runs.search("task", {"a": "A"}, [1.0, 2.0], 1, tried).endswith("| A | 0.5 | diverged |")
+
+
+def test_what_a_run_that_was_cut_off_left_goes(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0")
+    done = folder / "run.json"
+    line = f"from pathlib import Path; p = Path({str(folder)!r}); p.mkdir(); Path({str(done)!r}).touch()"
+    _runs.make([sys.executable, "-c", line], done, 1)
+    assert [path.name for path in folder.iterdir()] == ["run.json"]

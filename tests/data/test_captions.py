@@ -129,6 +129,15 @@ def test_metadata_must_be_complete_and_one(tmp_path):
         find_captions(tmp_path)
 
 
+def test_a_comma_without_quotes_does_not_cut_the_caption(tmp_path):
+    picture(tmp_path / "a.png")
+    text(tmp_path / "metadata.csv", "file_name,text\na.png,a, cat on, mat")
+    with pytest.raises(BadCaption, match=r"metadata.csv', line 2: more cells.*put the caption in quotes"):
+        find_captions(tmp_path)
+    text(tmp_path / "metadata.csv", 'file_name,text\na.png,"a, cat on, mat",')
+    assert [file.caption for file in find_captions(tmp_path)] == ["a, cat on, mat"]
+
+
 MISTAKES = {
     "a.txt": (b" \n", r"caption '.*a.txt' is empty"),
     "b.caption": (b"\xff\xfe\xff", r"cannot read caption '.*b.caption': .*save it as UTF-8"),

@@ -43,21 +43,33 @@ def merge_file(
         return diffusion_files.merge_diffusion(recipe, model, adapter, output or Path("merged"), tolerance)
     output = output or Path("merged.safetensors")
     if isinstance(recipe, SAM):
-        return _merge_sam(recipe.name, model, output)
+        return _merge_sam(recipe.name, model, output, tolerance)
     if output.suffix != ".safetensors":
         raise UserError("--output", f"'{output}' should end in .safetensors")
     image = picture(recipe)
     with torch.no_grad():
         before = model.eval()(image)
         after = va.merge(model)(image)
-    error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    error = _deviation(before, after, tolerance)
     count = write_state(model, output)
     print(f"{output}: {count} tensors, {output.stat().st_size:,} bytes")
     print(f"outputs with the adapter and after merging differ by {error:.1e} (relative, largest)")
     print(f'load it: timm.create_model(…, num_classes={before.shape[1]}, checkpoint_path="{output}")')
 
 
-def _merge_sam(name: str, model: Any, output: Path) -> None:
+def _deviation(before: Tensor, after: Tensor, tolerance: float) -> float:
+    """The largest relative deviation of outputs by merging; a `UserError` where it is above the tolerance."""
+    error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    if not error <= tolerance:  # also what is no number
+        raise UserError(
+            "--tolerance",
+            f"merging changes the outputs by {error:.1e} (relative, largest), more than {tolerance:.1e}; not written",
+            f"accept it with --tolerance {2 * error:.0e}" if error < 1 else "",
+        )
+    return error
+
+
+def _merge_sam(name: str, model: Any, output: Path, tolerance: float) -> None:
     """The official layout, which stock ``segment_anything`` loads; for the base that is shipped, its plain one."""
     import torch
 
@@ -73,7 +85,7 @@ def _merge_sam(name: str, model: Any, output: Path) -> None:
     request = [{"image": noise, "original_size": (side, side), "boxes": box}]
     before = model.eval()(request, multimask_output=True)[0]["low_res_logits"]
     after = va.merge(model)(request, multimask_output=True)[0]["low_res_logits"]
-    error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    error = _deviation(before, after, tolerance)
     notes = save_official(model, output)
     print(f"{output}: SAM {name}, {output.stat().st_size:,} bytes")
     print(f"mask logits with the adapter and after merging differ by {error:.1e} (relative, largest)")

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
-from visadapt.cli import predict, prompts, rundir, sheets, yaml_files
+from visadapt.cli import predict, prompts, refuse, rundir, sheets, yaml_files
 from visadapt.cli.errors import Friendly, UserError, close, nearby, purposeful, refuse_null_groups, subclasses, told
 from visadapt.cli.main import option
 
@@ -158,7 +158,7 @@ class CLI(LightningCLI):
         The method of LightningCLI lets the hyper-parameters in a checkpoint beat the command line.
         """
         config = self.config[self.config["subcommand"]]
-        if path := config.get("ckpt_path"):
+        if (path := config.get("ckpt_path")) is not None:
             check_checkpoint(path)
         for path in self._adapters(config):
             if not Path(path).exists():
@@ -176,11 +176,13 @@ class CLI(LightningCLI):
         config = self.config[command]
         for part in ("model", "data"):
             refuse_null_groups(config.get(part), part)
+        refuse.negative(config)
         files = option(sys.argv[1:], "-c", "--config")
         made_by_run = next(iter(self._adapters(config)), None) or config.get("ckpt_path")
         chosen = config.get("run_dir") or config.get("output")
         name = config["model"]["class_path"].rpartition(".")[2].lower()
         self.run_dir = Path(chosen) if chosen else rundir.new_run_dir(command, files, made_by_run, name)
+        refuse.place(command, self.run_dir, config.get("ckpt_path"))
         CLI.run_dir_now = self.run_dir
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run has its configuration already
@@ -264,13 +266,19 @@ def check_checkpoint(path: str) -> None:
 
     The names that Lightning resolves itself (``last``, ``best``, …) pass.
     """
-    if path in ("last", "best", "hpc", "registry"):
+    if path in refuse.RESOLVED:
         return
+    if not path:
+        raise UserError("--ckpt_path", "the name of the file is empty", "name a checkpoint, or leave the option out")
     if "://" in path:
         raise UserError("--ckpt_path", f"'{path}' is not a local file", "download the checkpoint first")
     if not Path(path).exists():
         raise UserError("--ckpt_path", f"there is no file '{path}'", nearby(path))
-    if Path(path).is_dir():  # a sharded checkpoint
+    if Path(path).is_dir():
+        if not any((Path(path) / name).is_file() for name in (".metadata", "meta.pt")):  # those of a sharded one
+            last = Path(path) / "checkpoints" / "last.ckpt"
+            hint = f"--ckpt_path {last}" if last.is_file() else "name the .ckpt file in it"
+            raise UserError("--ckpt_path", f"'{path}' is a folder, and no checkpoint", hint)
         return
     if not zipfile.is_zipfile(path):
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser
 
+from visadapt.cli import refuse
 from visadapt.cli.errors import Friendly, UserError, nearby, purposeful, told
 from visadapt.interop import Format
 
@@ -26,12 +27,12 @@ def inspect(file: str, norms: bool = False) -> int:
     Only headers are read, and nothing in the file is run, unless norms are asked for.
 
     Args:
-        file: A safetensors file, a PEFT folder or a Lightning checkpoint.
+        file: A safetensors file, a PEFT folder, the folder of a run or a Lightning checkpoint.
         norms: Also read the tensors and print the norm of each, per layer.
     """
     from visadapt.cli.inspect import describe, show
 
-    show(describe(existing(file)), norms)
+    show(describe(adapter_in(file)), norms)
     return 0
 
 
@@ -50,11 +51,12 @@ def merge(
     diffusion pipeline is loaded again by stock diffusers and compared with the adapted model, as an export is.
 
     Args:
-        adapter: Adapter file or PEFT folder.
+        adapter: Adapter file, PEFT folder or folder of a run.
         output: File to write (merged.safetensors; for a SAM also .pth, its official form); for a diffusion model a
             folder (merged).
         sets: Which sets of the file (default: all; of text-to-video those that are no appearance).
-        tolerance: Largest deviation of latents and pixels that the certificate of a diffusion model accepts.
+        tolerance: Largest deviation that is accepted: of outputs, relative to the largest; of a diffusion model that
+            of latents and pixels in its certificate.
         config: Configuration that names the backbone.
         backbone: Name of a timm model, "tiny_digits", of a SAM ("vit_b") or of a diffusion model ("tiny_sd",
             "tiny_video", a pipeline's folder, a hub id, one file), instead of a configuration.
@@ -63,7 +65,7 @@ def merge(
     from visadapt.cli.files import merge_file
 
     to = None if output is None else Path(output)
-    merge_file(existing(adapter), to, tolerance, config, backbone, checkpoint, sets)
+    merge_file(adapter_in(adapter), to, tolerance, config, backbone, checkpoint, sets)
     return 0
 
 
@@ -86,7 +88,7 @@ def export(
     certificate.json says how far the two are apart, and a file that does nothing or something else is rejected.
 
     Args:
-        adapter: Adapter file.
+        adapter: Adapter file, or folder of a run.
         output: Folder or file to write (default: by the format).
         format: The other tool.
         sets: Which sets of the file (default: all; of text-to-video those that are no appearance).
@@ -101,13 +103,13 @@ def export(
     from visadapt.cli.files import export_file
 
     to = Path(output or default_output(format))
-    export_file(existing(adapter), to, format, rank, tolerance, config, backbone, checkpoint, sets)
+    export_file(adapter_in(adapter), to, format, rank, tolerance, config, backbone, checkpoint, sets)
     return 0
 
 
 def import_(
     adapter: str,
-    output: str = "adapter.safetensors",
+    output: str = "imported.safetensors",
     config: str | None = None,
     backbone: str | None = None,
     checkpoint: str | None = None,
@@ -157,7 +159,7 @@ def compose(
     """
     from visadapt.cli.compose import compose_files
 
-    files = [existing(file) for file in adapters]
+    files = [adapter_in(file) for file in adapters]
     compose_files(files, Path(output), weights, how, rank, config, backbone, checkpoint)
     return 0
 
@@ -175,7 +177,7 @@ def truncate(adapter: str, rank: int | None = None, output: str = "truncated.saf
     """
     from visadapt.cli.truncate import truncate_file
 
-    truncate_file(existing(adapter), Path(output), rank)
+    truncate_file(adapter_in(adapter), Path(output), rank)
     return 0
 
 
@@ -271,6 +273,22 @@ def existing(file: str) -> Path:
     return path
 
 
+def adapter_in(file: str) -> Path:
+    """The path of an adapter that is there: that in a run's folder, anything else as it is."""
+    from visadapt.cli.rundir import adapter_file
+
+    return Path(adapter_file(str(existing(file))))
+
+
+def _refuse_output(output: str | None, makes_file: bool) -> None:
+    """Before any work: nothing can be written where a file or a folder is in the way."""
+    if output is None:
+        return
+    refuse.unwritable(Path(output), "--output")
+    if not output or (makes_file and Path(output).is_dir()):
+        raise UserError("--output", f"'{output}' is no name of a file", "name a file, such as adapter.safetensors")
+
+
 def _switches(tool: Callable[..., int], args: list[str]) -> list[str]:
     """``--dry-run`` alone means ``--dry_run=true``: jsonargparse has no switches for plain functions."""
     spelt = {f"--{name.replace('_', '-')}": f"--{name}" for name in signature(tool).parameters}
@@ -312,7 +330,9 @@ def run(command: str, args: list[str]) -> int:
     try:
         if not args and (needed := [n for n, p in signature(tool).parameters.items() if p.default is p.empty]):
             raise UserError(needed[0], "this is required and missing", f"visadapt {command} --help says what it takes")
-        return tool(**parser.parse_args(_switches(tool, _lists(tool, args))).as_dict())
+        given = parser.parse_args(_switches(tool, _lists(tool, args))).as_dict()
+        _refuse_output(given.get("output"), command in ("import", "compose", "truncate"))
+        return tool(**given)
     except UserError as error:
         error.show(command)
     except Exception as error:

@@ -26,7 +26,10 @@ def check(file: str) -> None:
     """
     if not Path(file).is_file():
         raise UserError("--config", f"there is no file '{file}'", nearby(file))
-    text = Path(file).read_text(encoding="utf-8")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(file, "this is not text in UTF-8", "give a YAML file, saved as UTF-8") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -37,6 +40,8 @@ def check(file: str) -> None:
         raise UserError(
             f"{file}:{line + 1}", f"YAML syntax: {error.problem or 'unreadable'}", f"near: {source}"
         ) from None
+    except yaml.reader.ReaderError as error:
+        raise UserError(file, f"no YAML: {error.reason}", "give a YAML file, saved as UTF-8") from None
     if node is None:
         raise UserError(file, "the file is empty")
     if not isinstance(node, yaml.MappingNode):

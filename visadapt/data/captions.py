@@ -241,6 +241,10 @@ def _rows(table: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any
     if table.suffix == ".csv":
         reader = csv.DictReader(text.splitlines(keepends=True), restkey="surplus")
         for row in reader:
+            if any(cell.strip() for cell in row.pop("surplus", None) or ()):
+                cells = f"'{table}', line {reader.line_num}: more cells than columns"
+                problems.append(f"{cells}; put the caption in quotes, it has a comma")
+                continue
             yield reader.line_num, {key: value for key, value in row.items() if value is not None}
         return
     for number, line in enumerate(text.splitlines(), 1):

@@ -18,15 +18,28 @@ from visadapt.core.export import acting, lora_factors
 from visadapt.core.model import adapt, adapters, is_adapter_key
 from visadapt.core.site import Site
 from visadapt.core.state import base_identity
+from visadapt.core.target import exact
 from visadapt.interop.forms import only_dora
 from visadapt.interop.loha import read_loha
 from visadapt.interop.lokr import lokr_tensors, only_lokr, peft_config, read_lokr
 from visadapt.interop.made import Made, graft_made
 from visadapt.interop.parts import NEW_TOKENS, is_diffusion, network, parts
+from visadapt.interop.peft_rules import (
+    PREFIX,
+    Undo,
+    all_or_nothing,
+    check_all_read,
+    from_pattern,
+    pattern_keys,
+    read_config,
+    same_shape,
+    saved_tensors,
+    target_modules,
+)
 from visadapt.methods import DoRA, LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
-PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 LYCORIS = {"LOKR": ("lokr_", read_lokr), "LOHA": ("hada_", read_loha)}  # PEFT's name -> how keys begin, reader
 
 
@@ -77,9 +90,9 @@ def _folder(model: nn.Module, rank: int | None) -> tuple[dict[str, Any], dict[st
         "task_type": None,
         "base_model_name_or_path": base_identity(model)["name"],
         "r": max(ranks.values()),
-        "target_modules": sorted(ranks),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,  # alpha = rank: a scale of 1
+        "target_modules": target_modules(model, ranks),
+        "rank_pattern": pattern_keys(ranks),
+        "alpha_pattern": pattern_keys(ranks),  # alpha = rank: a scale of 1
         "modules_to_save": saved or None,
     }
     return config, {k: v.float().cpu().contiguous().clone() for k, v in tensors.items()}, error
@@ -123,15 +136,15 @@ def _lokrs(model: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor], d
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    known = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    known = {CONFIG, TENSORS, "README.md"}
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - known):
         raise ValueError(f"'{folder}' exists and is not a PEFT folder; choose another output or remove it")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "adapter_model.safetensors").write_bytes(serialise(tensors, {"format": "pt"}))
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / TENSORS).write_bytes(serialise(tensors, {"format": "pt"}))
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(temporary.iterdir()):
             os.replace(file, folder / file.name)
@@ -142,44 +155,48 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor
 def import_peft(model: Model, path: str | Path, name: str = "default") -> Model:
     """Graft the LoRA, DoRA, LoKr or LoHa of a PEFT folder, or of the folders of a diffusion model's parts, onto a base.
 
+    The model is unchanged if anything does not fit, or is not read.
+
     Raises:
         FileNotFoundError: the folder lacks one of its two files.
         ValueError: another PEFT method, options that are not supported, or layers that do not fit.
     """
     folder = Path(path)
-    if is_diffusion(model) and not (folder / "adapter_config.json").is_file():
-        return _import_parts(model, folder, name)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"'{folder}' is no PEFT folder: it has no {file}")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    kind = config.get("peft_type")
-    if kind != "LORA" and kind not in LYCORIS:
-        known = ", ".join(LYCORIS)
-        raise ValueError(f"'{folder}' holds PEFT's {kind}; LORA (with or without use_dora), {known} can be read")
-    try:
-        held = load_file(folder / "adapter_model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"'{folder / 'adapter_model.safetensors'}' is damaged: {error}") from error
-    held = {k.removeprefix(PREFIX): v for k, v in held.items()}
-    whole = not is_diffusion(model) or any(k.partition(".")[0] in parts(model) for k in held)
-    target = model if whole else network(model)  # the folder of a UNet alone, as `pipe.unet.save_pretrained` writes it
-    if kind in LYCORIS:
-        _graft_lycoris(target, folder, config, held, name)
-    else:
-        _graft_lora(target, folder, config, held, name)
-    for module in config.get("modules_to_save") or []:
-        for key in [k for k in held if k.startswith(f"{module}.")]:
-            with torch.no_grad():
-                target.state_dict()[key].copy_(held[key])
-            if key in dict(target.named_parameters()):
-                target.get_parameter(key).requires_grad_(True)
+    with all_or_nothing(model) as undo:
+        if is_diffusion(model) and not (folder / CONFIG).is_file():
+            _import_parts(model, folder, name, undo)
+        else:
+            _import(model, folder, name, undo)
     return model
 
 
-def _graft_lycoris(
-    model: nn.Module, folder: Path, config: dict[str, Any], held: dict[str, torch.Tensor], name: str
-) -> None:
+def _import(model: nn.Module, folder: Path, name: str, undo: Undo) -> None:
+    for file in (CONFIG, TENSORS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"'{folder}' is no PEFT folder: it has no {file}")
+    config = read_config(folder / CONFIG, {"LORA": "lora_alpha"} | dict.fromkeys(LYCORIS, "alpha"))
+    try:
+        held = load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise ValueError(f"'{folder / TENSORS}' is damaged: {error}") from error
+    held = {k.removeprefix(PREFIX): v for k, v in held.items()}
+    whole = not is_diffusion(model) or any(k.partition(".")[0] in parts(model) for k in held)
+    target = model if whole else network(model)  # the folder of a UNet alone, as `pipe.unet.save_pretrained` writes it
+    try:
+        saved = saved_tensors(config, held, target)
+        graft = _graft_lora if config["peft_type"] == "LORA" else _graft_lycoris
+        read = graft(target, config, {k: v for k, v in held.items() if k not in saved}, name)
+        check_all_read(held, [*read, *saved])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{folder}' does not fit this {type(model).__name__}: {error}") from error
+    for key, tensor in saved.items():
+        undo.replace(target.state_dict()[key], tensor)
+        if key in dict(target.named_parameters()):
+            target.get_parameter(key).requires_grad_(True)
+
+
+def _graft_lycoris(model: nn.Module, config: dict[str, Any], held: dict[str, torch.Tensor], name: str) -> list[str]:
+    """Keys that were read."""
     start, reader = LYCORIS[config["peft_type"]]
     roles: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in held.items():
@@ -193,51 +210,54 @@ def _graft_lycoris(
         )
         try:
             made[n] = reader(Site(model.get_submodule(n)), given, float(alpha) / r)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"'{folder}' does not fit this {type(model).__name__}: '{n}' {error}") from error
+        except (ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(f"'{n}' {error}") from error
     if not made:
-        raise ValueError(f"'{folder}': no {config['peft_type']} in it")
+        raise ValueError(f"no {config['peft_type']} in it")
     graft_made(model, made, name)
+    return [f"{n}.{role}" for n, given in roles.items() for role in given]
 
 
-def _graft_lora(
-    model: nn.Module, folder: Path, config: dict[str, Any], held: dict[str, torch.Tensor], name: str
-) -> None:
+def _graft_lora(model: nn.Module, config: dict[str, Any], held: dict[str, torch.Tensor], name: str) -> list[str]:
+    """Keys that were read."""
     layers = [k.removesuffix(".lora_A.weight") for k in held if k.endswith(".lora_A.weight")]
     bias = [k for k in held if k.endswith("lora_B.bias")]
     if bias or not layers:
-        raise ValueError(f"'{folder}': " + (f"'{bias[0]}' (lora_bias) has no counterpart" if bias else "no LoRA in it"))
-    alphas = {n: from_pattern(config.get("alpha_pattern"), n, config["lora_alpha"]) for n in layers}
+        raise ValueError(f"'{bias[0]}' (lora_bias) has no counterpart" if bias else "no LoRA in it")
     method = DoRA if config.get("use_dora") else LoRA
-    targets = {}
-    for n in layers:
-        r = len(held[f"{n}.lora_A.weight"])
-        # rsLoRA divides alpha by √r; as plain LoRA that is alpha · √r.
-        targets[n] = {"rank": r, "alpha": float(alphas[n]) * (r**0.5 if config.get("use_rslora") else 1)}
+    roles = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if method is DoRA else ()))
+    read = [f"{n}.{role}" for n in layers for role in roles]
+    if lacking := [key for key in read if key not in held]:
+        raise ValueError(f"the file lacks '{lacking[0]}'")
+    targets = {exact(n): _rank_and_alpha(n, len(held[f"{n}.lora_A.weight"]), config) for n in layers}
+    before = {id(a) for a in adapters(model).values()}
     adapt(model, method(), targets, name)
     for found, adapter in adapters(model, name).items():
-        n = found.rpartition(".adapters.")[0]
-        with torch.no_grad():
-            adapter.down.copy_(held[f"{n}.lora_A.weight"])  # type: ignore[operator, union-attr]
-            adapter.up.copy_(held[f"{n}.lora_B.weight"].flatten(1))  # type: ignore[operator, union-attr]
-            if isinstance(adapter, DoRA):
-                adapter.magnitude.copy_(held[f"{n}.lora_magnitude_vector"].flatten())
+        if id(adapter) not in before:
+            n = found.rpartition(".adapters.")[0]
+            for role, own in zip(roles, ("down", "up", "magnitude"), strict=False):
+                tensor, mine = held[f"{n}.{role}"], getattr(adapter, own)
+                given = tensor.flatten() if own == "magnitude" else tensor.flatten(1) if own == "up" else tensor
+                same_shape(f"{n}.{role}", given, mine)
+                with torch.no_grad():
+                    mine.copy_(given)
+    return read
 
 
-def _import_parts(model: Model, folder: Path, name: str) -> Model:
-    inside = {part: m for part, m in parts(model).items() if (folder / part / "adapter_config.json").is_file()}
+def _rank_and_alpha(name: str, r: int, config: dict[str, Any]) -> dict[str, float]:
+    told = from_pattern(config.get("rank_pattern"), name, config.get("r") or r)
+    if told != r:  # the alpha beside it would be another layer's too
+        raise ValueError(f"'{name}.lora_A.weight' is of rank {r}, and {CONFIG} says {told}, so PEFT cannot load it")
+    alpha = float(from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    # rsLoRA divides alpha by √r; as plain LoRA that is alpha · √r.
+    return {"rank": r, "alpha": alpha * (r**0.5 if config.get("use_rslora") else 1)}
+
+
+def _import_parts(model: nn.Module, folder: Path, name: str, undo: Undo) -> None:
+    inside = {part: m for part, m in parts(model).items() if (folder / part / CONFIG).is_file()}
     if not inside:
         raise FileNotFoundError(f"'{folder}' has no PEFT folder of a part ({', '.join(parts(model))})")
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and is_adapter_key(key))
     for part, child in inside.items():
-        import_peft(child, folder / part, name)
-    return model
-
-
-def from_pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
-    """The value of PEFT's `rank_pattern` or `alpha_pattern` for a layer."""
-    for pattern, value in (patterns or {}).items():
-        if name == pattern.removeprefix("^") or name.endswith(f".{pattern}"):
-            return value
-    return default
+        _import(child, folder / part, name, undo)

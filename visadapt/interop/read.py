@@ -20,7 +20,7 @@ from visadapt.interop.loha import HADA, read_loha
 from visadapt.interop.lokr import read_lokr
 from visadapt.interop.made import Made, graft_made, shaped
 from visadapt.interop.parts import OLD, TRANSFORMER, UNET, layers
-from visadapt.interop.peft import from_pattern
+from visadapt.interop.peft_rules import from_pattern
 from visadapt.methods import DoRA, FLoRA, LoRA
 
 Model = TypeVar("Model", bound=nn.Module)
