@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from visadapt.core.adapter import Adapter
 from visadapt.core.files import replacing, serialise
-from visadapt.core.layer import prune
 from visadapt.core.model import adapt, adapters, check_unmerged, grafted, is_adapter_key, label, overrides_of
 from visadapt.core.site import stored
 from visadapt.core.target import exact
+from visadapt.core.undo import all_or_nothing
 
 FORMAT = "1"
 Model = TypeVar("Model", bound=nn.Module)
@@ -181,24 +181,19 @@ def load_native(model: Model, path: str | Path, strict: bool = False, name: str 
             raise ValueError(f"'{path}' holds {len(names)} sets; `name` renames files with one set only")
         held = {_rename(k, sets[0]["name"], name): v for k, v in held.items()}
         sets = [{**entry, "name": name} for entry in sets]
-    before = {id(a) for a in adapters(model).values()}
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
     try:
-        for entry in sets:
-            prototype = find_method(entry["method"])(**entry["hparams"])
-            sites = {exact(label): overrides for label, overrides in entry["sites"].items()}
-            adapt(model, prototype, sites, entry["name"], lean=file_plan.get("lean", False))
-        if any("weights" in entry and entry["weights"] != _values(model, entry["name"]) for entry in sets):
-            raise ValueError(
-                "its method computes directions from the weights, and these have other values than those that it was "
-                "trained on; load the base in the precision of the training, load the adapter, then convert both"
-            )
-        _fill(model, held, {id(a) for a in adapters(model).values()} - before, path)
+        with all_or_nothing(model) as undo:
+            for entry in sets:
+                prototype = find_method(entry["method"])(**entry["hparams"])
+                sites = {exact(label): overrides for label, overrides in entry["sites"].items()}
+                adapt(model, prototype, sites, entry["name"], lean=file_plan.get("lean", False))
+            if any("weights" in entry and entry["weights"] != _values(model, entry["name"]) for entry in sets):
+                raise ValueError(
+                    "its method computes directions from the weights, and these have other values than those that it "
+                    "was trained on; load the base in the precision of the training, load the adapter, convert both"
+                )
+            _fill(model, held, {id(a) for a in adapters(model).values()} - undo.before, path)
     except (ValueError, TypeError) as error:
-        for _, layer in list(grafted(model)):
-            prune(layer, [key for key, a in layer.adapters.items() if id(a) not in before])
-        for n, p in model.named_parameters():
-            p.requires_grad_(flags.get(n, p.requires_grad))
         raise ValueError(f"'{path}' does not fit this {type(model).__name__}: {error}") from error
     return model
 

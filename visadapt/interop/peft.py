@@ -19,6 +19,7 @@ from visadapt.core.model import adapt, adapters, is_adapter_key
 from visadapt.core.site import Site
 from visadapt.core.state import base_identity
 from visadapt.core.target import exact
+from visadapt.core.undo import Undo, all_or_nothing
 from visadapt.interop.forms import only_dora
 from visadapt.interop.loha import read_loha
 from visadapt.interop.lokr import lokr_tensors, only_lokr, peft_config, read_lokr
@@ -26,8 +27,6 @@ from visadapt.interop.made import Made, graft_made
 from visadapt.interop.parts import NEW_TOKENS, is_diffusion, network, parts
 from visadapt.interop.peft_rules import (
     PREFIX,
-    Undo,
-    all_or_nothing,
     check_all_read,
     from_pattern,
     pattern_keys,

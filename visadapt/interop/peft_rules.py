@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from visadapt.core.layer import prune
-from visadapt.core.model import adapters, grafted
 
 PREFIX = "base_model.model."
 # Starts that leave the base as it is; pissa, olora, corda, loftq and lora_ga subtract theirs from its weights.
@@ -135,40 +130,3 @@ def check_all_read(held: Iterable[str], read: Iterable[str]) -> None:
             f"'{left[0]}'{more} no counterpart here, {len(left)} in all (trained biases, embeddings and tokens are "
             "not read); merge the adapter with PEFT's `merge_and_unload` and start from that model"
         )
-
-
-class Undo:
-    """What a load replaces in a model, to be put back when it fails."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.before = {id(a) for a in adapters(model).values()}
-        self.flags = {n: p.requires_grad for n, p in model.named_parameters()}
-        self.values: list[tuple[Tensor, Tensor]] = []
-
-    @torch.no_grad()
-    def replace(self, tensor: Tensor, value: Tensor) -> None:
-        """Copy new values, and keep the old ones."""
-        self.values.append((tensor, tensor.clone()))
-        tensor.copy_(value)
-
-    @torch.no_grad()
-    def back(self) -> None:
-        """The model as it was."""
-        for tensor, old in reversed(self.values):
-            tensor.copy_(old)
-        for _, layer in list(grafted(self.model)):
-            prune(layer, [key for key, a in layer.adapters.items() if id(a) not in self.before])
-        for n, p in self.model.named_parameters():
-            p.requires_grad_(self.flags.get(n, p.requires_grad))
-
-
-@contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[Undo]:
-    """Leave the model as it was if the block fails."""
-    undo = Undo(model)
-    try:
-        yield undo
-    except BaseException:
-        undo.back()
-        raise
