@@ -9,6 +9,7 @@ from PIL import Image
 from visadapt.cli import refuse
 from visadapt.cli.errors import UserError
 from visadapt.cli.main import main
+from visadapt.cli.rundir import loggers
 
 from .conftest import tiny, write
 
@@ -125,3 +126,14 @@ def test_merge_writes_nothing_above_the_tolerance(run, here, capsys):
     assert "error at '--tolerance'" in told
     assert "accept it with --tolerance" in told
     assert not Path("m.safetensors").exists()
+
+
+def test_a_run_that_goes_on_in_its_folder_keeps_the_table_so_far(tmp_path):
+    for number in range(3):
+        (tmp_path / "metrics.csv").write_text(f"step\n{number}\n")
+        csv, *_ = loggers(tmp_path, "fit")
+        csv.log_metrics({"loss": 1.0}, step=7)
+        csv.save()
+    held = {path.name: path.read_text() for path in tmp_path.glob("metrics*.csv")}
+    assert held.pop("metrics.csv").splitlines() == ["loss,step", "1.0,7"]
+    assert held == {f"metrics_{number + 1}.csv": f"step\n{number}\n" for number in range(3)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from datetime import datetime
 from pathlib import Path
@@ -52,11 +53,20 @@ def discard(run_dir: Path) -> None:
 
 
 def loggers(run_dir: Path, command: str) -> list[Any] | bool:
-    """Loggers that write into ``run_dir``: CSV, TensorBoard too for ``fit``, none for ``predict``."""
+    """Loggers that write into ``run_dir``: CSV, TensorBoard too for ``fit``, none for ``predict``.
+
+    Lightning's CSV logger deletes the table of a run that goes on in its folder: that is kept, as ``metrics_1.csv`` and
+    so on.
+    """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
     if command == "predict":
         return False
+    table = run_dir / "metrics.csv"
+    if getattr(rank_zero_only, "rank", 0) == 0 and table.is_file():
+        earlier = (run_dir / f"metrics_{number}.csv" for number in itertools.count(1))
+        table.rename(next(path for path in earlier if not path.exists()))
     places: dict[str, Any] = {"save_dir": str(run_dir.parent), "name": "", "version": run_dir.name}
     csv = CSVLogger(**places)
     return [csv, TensorBoardLogger(**places, default_hp_metric=False)] if command == "fit" else [csv]
