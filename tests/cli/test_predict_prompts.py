@@ -138,7 +138,7 @@ MISTAKES = {
     "seed": (["--prompts", "a", "--seeds", "-1"], "data.seeds", "from 0"),
     "size": (["--prompts", "a", "--size", "30"], "model.preview.size", "multiples of 8"),
     "steps": (["--prompts", "a", "--steps", "0"], "model.preview", "one step"),
-    "set": (["--prompts", "a", "--strength", "{x: 1}"], "", "no set named 'x'"),
+    "set": (["--prompts", "a", "--strength", "{x: 1}"], "--strength.x", "no set of that name"),
     "adapter": (["--prompts", "a", "--adapter", "nowhere"], "--adapter", "there is no file"),
 }
 

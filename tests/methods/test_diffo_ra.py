@@ -80,8 +80,9 @@ def test_a_run_searches(tmp_path):
 def test_what_is_chosen_stays_in_a_later_training():
     model = va.adapt(nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)), va.DiffoRA(rank=2, search=0.5), "all")
     members = list(va.adapters(model).values())
-    with pytest.raises(ValueError, match="search=0.5 of 1 steps is none"):
-        before_step(model, 0, 1)
+    short = va.adapt(nn.Sequential(nn.Linear(5, 5)), va.DiffoRA(rank=2, search=0.01), "all")
+    with pytest.raises(ValueError, match="search=0.01 of 20 steps is none"):
+        before_step(short, 0, 20)
     optimizer = torch.optim.SGD(va.parameter_groups(model, 0.1, 0.0))
     for step in range(8):
         before_step(model, step % 4, 4)

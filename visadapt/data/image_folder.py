@@ -217,8 +217,10 @@ def _few(samples: Sequence[Sample], class_names: Sequence[str], shots: int, seed
     chosen: list[Sample] = []
     for name, group in zip(class_names, _by_class(samples, len(class_names)), strict=True):
         if not 0 < shots <= len(group):
-            has = f"class '{name}' has {len(group)} training images"
-            raise ValueError(f"data.shots: {shots}, but {has}; lower data.shots, or set it to null to take all")
+            raise ValueError(
+                f"data.shots: {shots}, but class '{name}' has {len(group)} training images; lower data.shots, or set "
+                "it to null to take all"
+            )
         chosen += [group[i] for i in sorted(generator.choice(len(group), shots, replace=False))]
     return chosen
 

@@ -72,7 +72,7 @@ class DiffoRA(Gated):
         if self._open is None or step == 0:
             self._open = bool(self.chosen < 0)
         last = round(self.search * total) - 1
-        if self._open and last < 0:
+        if self._open and last < 0 and total > 1:  # a single step is a trial
             raise ValueError(f"DiffoRA: search={self.search} of {total} steps is none; train for longer, or raise it")
         self.now = (step, last) if self._open else None
 
